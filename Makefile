@@ -1,0 +1,42 @@
+# Every target sets up .venv by itself on a machine with Python 3.11+.
+# torch comes first and pinned: left to the resolver, a Linux machine gets gigabytes of CUDA packages. On a machine
+# with a GPU: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+EXTRAS ?= dev
+RUN    ?= runs/demo
+BIN    := .venv/bin
+PYTEST ?= -n 2
+
+.PHONY: demo test slow check format bench clean
+
+.venv/ready: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lccp_interp needs Python 3.11 or newer; make ... PYTHON=python3.11')"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: .venv/ready   ## score the bundled trajectory, draw the figures, write the report
+	$(BIN)/lccp demo --out $(RUN)
+
+test: .venv/ready   ## the whole test suite but the slow, GPU, network and browser tests
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow and not gpu and not network and not browser"
+
+slow: .venv/ready   ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/ready   ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready   ## measure time and memory, rewrite benchmarks/README.md
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv runs

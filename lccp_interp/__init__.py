@@ -1,0 +1,70 @@
+"""lccp_interp: retrieval heads across the checkpoints of long-context continual pre-training.
+
+The public names, in the order of the flow: checkpoints -> tasks -> capture -> scoring -> store -> dynamics -> figures
+and report. Importing the package imports none of the stages; a name is fetched when it is first used, so that reading
+tables needs no torch.
+
+Example:
+    >>> import lccp_interp
+    >>> lccp_interp.Span(2, 5)
+    Span(start=2, end=5)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "LccpError": "schema",
+    "Needle": "schema",
+    "Span": "schema",
+    "Case": "schema",
+    "Checkpoint": "schema",
+    "find_checkpoints": "checkpoints",
+    "bundled_trajectory": "checkpoints",
+    "NiahGrid": "tasks.niah",
+    "build_cases": "tasks.niah",
+    "read_needles": "tasks.niah",
+    "read_haystack": "tasks.haystack",
+    "HookedModel": "capture.model",
+    "load_model": "capture.model",
+    "METRICS": "scoring.metrics",
+    "AttentionRows": "scoring.metrics",
+    "score_cases": "scoring.engine",
+    "score": "sweep",
+    "Run": "store",
+}
+
+if TYPE_CHECKING:
+    from lccp_interp.capture.model import HookedModel as HookedModel
+    from lccp_interp.capture.model import load_model as load_model
+    from lccp_interp.checkpoints import bundled_trajectory as bundled_trajectory
+    from lccp_interp.checkpoints import find_checkpoints as find_checkpoints
+    from lccp_interp.schema import Case as Case
+    from lccp_interp.schema import Checkpoint as Checkpoint
+    from lccp_interp.schema import LccpError as LccpError
+    from lccp_interp.schema import Needle as Needle
+    from lccp_interp.schema import Span as Span
+    from lccp_interp.scoring.engine import score_cases as score_cases
+    from lccp_interp.scoring.metrics import METRICS as METRICS
+    from lccp_interp.scoring.metrics import AttentionRows as AttentionRows
+    from lccp_interp.store import Run as Run
+    from lccp_interp.sweep import score as score
+    from lccp_interp.tasks.haystack import read_haystack as read_haystack
+    from lccp_interp.tasks.niah import NiahGrid as NiahGrid
+    from lccp_interp.tasks.niah import build_cases as build_cases
+    from lccp_interp.tasks.niah import read_needles as read_needles
+
+__version__ = "0.1.0"
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lccp_interp' has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    return getattr(importlib.import_module(f"lccp_interp.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,154 @@
+"""The nouns that every stage shares: checkpoints, needles, spans, cases and what a model answered.
+
+Stages meet only at these frozen dataclasses and at the tables of `lccp_interp.store`. This module imports nothing of
+ours and no torch, so that tables can be read and drawn on a machine without it. It refuses to know how anything here
+is made, measured or stored. It costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA_VERSION = 1
+"""Version of the run folder. A reader refuses a newer one."""
+
+RETRIEVAL_THRESHOLD = 0.1
+"""Score above which a head is a retrieval head (arXiv 2604.02650, section on retrieval heads; arXiv 2404.15574)."""
+
+
+class LccpError(Exception):
+    """A mistake of input that the person at the keyboard can mend.
+
+    Its text is one line: what was got, what was expected, where, and what to do. The command line prints it without a
+    traceback and exits with 2.
+    """
+
+
+class SpanError(LccpError):
+    """The tokens of a needle or of its answer could not be placed exactly under a tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Half-open range of token positions, `start <= position < end`.
+
+    Example:
+        >>> span = Span(3, 7)
+        >>> len(span), 6 in span, 7 in span
+        (4, True, False)
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end:
+            raise ValueError(f"a span needs 0 <= start <= end, got [{self.start}, {self.end})")
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, position: object) -> bool:
+        return isinstance(position, int) and self.start <= position < self.end
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """A fact to hide, the question that asks for it, and the part of the fact that answers it.
+
+    `answer` is a substring of `needle`; in the paper's form (continuous NIAH) it is the whole needle.
+
+    Example:
+        >>> Needle("The code of Mara is 7 4 1.", "What is the code of Mara?", "7 4 1").answer
+        '7 4 1'
+    """
+
+    needle: str
+    question: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        for name in ("needle", "question", "answer"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise LccpError(f"a needle's field {name!r} must be a non-empty string, got {value!r}")
+        if self.answer.strip() not in self.needle:
+            raise LccpError(
+                f"the answer {self.answer!r} is not part of its needle {self.needle!r}; "
+                "copy it from the needle word by word, or repeat the whole needle as the answer"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One set of weights of a training run.
+
+    `tokens_seen` counts training tokens over all stages, `stage_tokens` those of its own stage; `hash` is the SHA-256
+    of its weight files.
+    """
+
+    name: str
+    path: Path
+    tokens_seen: int
+    stage: str = "train"
+    stage_tokens: int | None = None
+    hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One prompt with its answer and the exact places of needle and source.
+
+    `prompt_ids` holds every token up to and including the answer cue, `answer_ids` what should follow; together they
+    are `length` tokens. `needle` and `source` are positions in `prompt_ids`; *source* is the part of the needle that
+    the answer copies.
+    """
+
+    case_id: str
+    task: str
+    length: int
+    depth_fraction: float
+    needle_id: str
+    haystack_id: str
+    sample: int
+    seed: int
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    needle: Span
+    source: Span
+
+    def __post_init__(self) -> None:
+        if not self.answer_ids:
+            raise LccpError(f"case {self.case_id}: the answer has no tokens")
+        if not (self.needle.start <= self.source.start < self.source.end <= self.needle.end <= len(self.prompt_ids)):
+            raise SpanError(
+                f"case {self.case_id}: source {self.source} must lie in needle {self.needle} "
+                f"within a prompt of {len(self.prompt_ids)} tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """What one model did on one case.
+
+    `scores[metric]` is a float32 array `[layer, head]`, rows in the order of `layers` (true layer indices, for models
+    in which not every layer has attention). `answer_loss_nats` is float32 `[answer_token]`.
+    """
+
+    case_id: str
+    layers: tuple[int, ...]
+    scores: dict[str, np.ndarray] = field(repr=False)
+    answer_loss_nats: np.ndarray = field(repr=False)
+    greedy_ids: tuple[int, ...] = ()
+
+    @property
+    def answer_ppl(self) -> float:
+        """exp of the mean loss per answer token (nats), the perplexity of the answer."""
+        import math
+
+        return math.exp(float(self.answer_loss_nats.mean()))

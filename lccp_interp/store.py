@@ -1,0 +1,435 @@
+"""The run folder: immutable Parquet parts, one per unit of work, and a `run.json` that says how they came to be.
+
+A unit of work is (checkpoint, shard of cases). Its part files are written under a temporary name, fsynced and renamed:
+that a part exists means that it is done, so resuming and parallel writers need no locks, and a kill at any moment
+leaves either a whole part or none. This module knows tables and files; it refuses to know models, prompts or
+statistics, and imports no torch. Writing a part costs two fsyncs; reading is lazy (polars) and touches only the
+columns that are asked for.
+
+Layout of a run folder:
+    run.json          schema version, resolved config and its hash, versions, git commit, seeds, checkpoints
+    cases.parquet     one row per case: the prompt's tokens, the answer's tokens, the exact spans
+    scores/           checkpoint, tokens_seen, case_id, mode, metric, layer, head, value
+    outcomes/         checkpoint, tokens_seen, case_id, mode, answer_loss_nats, answer_ppl, greedy_exact, ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from lccp_interp.schema import SCHEMA_VERSION, Case, CaseResult, Checkpoint, LccpError, Span
+
+CASES_SCHEMA: dict[str, Any] = {
+    "case_id": pl.String,
+    "task": pl.String,
+    "length": pl.Int64,
+    "depth_fraction": pl.Float64,
+    "needle_id": pl.String,
+    "haystack_id": pl.String,
+    "sample": pl.Int64,
+    "seed": pl.Int64,
+    "prompt_ids": pl.List(pl.Int32),
+    "answer_ids": pl.List(pl.Int32),
+    "needle_start": pl.Int64,
+    "needle_end": pl.Int64,
+    "source_start": pl.Int64,
+    "source_end": pl.Int64,
+}
+SCORES_SCHEMA: dict[str, Any] = {
+    "checkpoint": pl.String,
+    "tokens_seen": pl.Int64,
+    "case_id": pl.String,
+    "mode": pl.String,
+    "metric": pl.String,
+    "layer": pl.Int32,
+    "head": pl.Int32,
+    "value": pl.Float32,
+}
+OUTCOMES_SCHEMA: dict[str, Any] = {
+    "checkpoint": pl.String,
+    "tokens_seen": pl.Int64,
+    "case_id": pl.String,
+    "mode": pl.String,
+    "answer_loss_nats": pl.List(pl.Float32),
+    "answer_ppl": pl.Float64,
+    "greedy_exact": pl.Boolean,
+    "token_accuracy": pl.Float64,
+    "rouge1_recall": pl.Float64,
+    "generated": pl.String,
+}
+TABLES: dict[str, dict[str, Any]] = {"scores": SCORES_SCHEMA, "outcomes": OUTCOMES_SCHEMA}
+
+PROVENANCE_PACKAGES = ("lccp_interp", "torch", "transformers", "tokenizers", "numpy", "polars", "safetensors")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it is fsynced and renamed onto `path`.
+
+    A reader sees the old file or the new one, never a part of it. On an exception the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` as indented JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a resolved config (JSON with sorted keys), the identity of a study.
+
+    Example:
+        >>> config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(config, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def part_name(checkpoint: str, shard: int) -> str:
+    """File name of a unit's part; a name that is no plain file name is made one, with a hash to keep it unique.
+
+    Example:
+        >>> part_name("lccp-1.2M", 3)
+        'lccp-1.2M.0003.parquet'
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]", "_", checkpoint).lstrip(".")
+    if slug != checkpoint:
+        slug = f"{slug[:80]}-{hashlib.sha256(checkpoint.encode()).hexdigest()[:8]}"
+    return f"{slug}.{shard:04d}.parquet"
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git commit and machine of this moment, for `run.json`."""
+    versions = {}
+    for package in PROVENANCE_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": commit,
+    }
+
+
+def cases_frame(cases: Sequence[Case]) -> pl.DataFrame:
+    """Table of cases, one row each, columns as in `CASES_SCHEMA`."""
+    rows = [
+        {
+            "case_id": case.case_id,
+            "task": case.task,
+            "length": case.length,
+            "depth_fraction": case.depth_fraction,
+            "needle_id": case.needle_id,
+            "haystack_id": case.haystack_id,
+            "sample": case.sample,
+            "seed": case.seed,
+            "prompt_ids": list(case.prompt_ids),
+            "answer_ids": list(case.answer_ids),
+            "needle_start": case.needle.start,
+            "needle_end": case.needle.end,
+            "source_start": case.source.start,
+            "source_end": case.source.end,
+        }
+        for case in cases
+    ]
+    return pl.DataFrame(rows, schema=CASES_SCHEMA)
+
+
+def cases_from_frame(frame: pl.DataFrame) -> list[Case]:
+    """The inverse of `cases_frame`."""
+    return [
+        Case(
+            case_id=row["case_id"],
+            task=row["task"],
+            length=row["length"],
+            depth_fraction=row["depth_fraction"],
+            needle_id=row["needle_id"],
+            haystack_id=row["haystack_id"],
+            sample=row["sample"],
+            seed=row["seed"],
+            prompt_ids=tuple(row["prompt_ids"]),
+            answer_ids=tuple(row["answer_ids"]),
+            needle=Span(row["needle_start"], row["needle_end"]),
+            source=Span(row["source_start"], row["source_end"]),
+        )
+        for row in frame.iter_rows(named=True)
+    ]
+
+
+def result_frames(
+    checkpoint: Checkpoint, mode: str, results: Sequence[CaseResult], answers: Mapping[str, Sequence[int]]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Long tables (scores, outcomes) of one unit's results.
+
+    Args:
+        checkpoint: whose results these are.
+        mode: `teacher_forced` or `generate`.
+        results: one per case.
+        answers: answer token ids by case id, to judge the greedy path.
+    """
+    score_parts = []
+    outcome_rows = []
+    for result in results:
+        for metric, values in result.scores.items():
+            n_heads = values.shape[1]
+            score_parts.append(
+                pl.DataFrame(
+                    {
+                        "case_id": pl.Series([result.case_id]).new_from_index(0, values.size),
+                        "metric": pl.Series([metric]).new_from_index(0, values.size),
+                        "layer": [layer for layer in result.layers for _ in range(n_heads)],
+                        "head": list(range(n_heads)) * len(result.layers),
+                        "value": values.reshape(-1),
+                    }
+                )
+            )
+        answer = tuple(answers[result.case_id])
+        correct = sum(got == expected for got, expected in zip(result.greedy_ids, answer, strict=True))
+        outcome_rows.append(
+            {
+                "checkpoint": checkpoint.name,
+                "tokens_seen": checkpoint.tokens_seen,
+                "case_id": result.case_id,
+                "mode": mode,
+                "answer_loss_nats": result.answer_loss_nats.tolist(),
+                "answer_ppl": result.answer_ppl,
+                "greedy_exact": correct == len(answer),
+                "token_accuracy": correct / len(answer),
+                "rouge1_recall": None,
+                "generated": None,
+            }
+        )
+    scores = pl.concat(score_parts).with_columns(
+        checkpoint=pl.lit(checkpoint.name), tokens_seen=pl.lit(checkpoint.tokens_seen), mode=pl.lit(mode)
+    )
+    return (
+        scores.select(pl.col(name).cast(dtype) for name, dtype in SCORES_SCHEMA.items()),
+        pl.DataFrame(outcome_rows, schema=OUTCOMES_SCHEMA),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, opened for reading.
+
+    Example:
+        >>> run = Run.open("runs/demo")                                           # doctest: +SKIP
+        >>> run.scores.filter(metric="retrieval").collect()                       # doctest: +SKIP
+
+    Raises:
+        LccpError: no run there, a run of a newer schema, or an unreadable file.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open the run folder at `path`."""
+        path = Path(path)
+        manifest_path = path / "run.json"
+        if not manifest_path.is_file():
+            raise LccpError(
+                f"no run at {path}: it has no run.json; make one with `lccp score CHECKPOINT... --out {path}`"
+            )
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            version = int(manifest["schema_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise LccpError(
+                f"{manifest_path} cannot be read ({error!r}); restore it or score into a new folder"
+            ) from error
+        if version > SCHEMA_VERSION:
+            raise LccpError(
+                f"{manifest_path} has schema version {version}, this lccp_interp reads up to {SCHEMA_VERSION}; "
+                "upgrade lccp_interp"
+            )
+        return cls(path, manifest)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config of the study."""
+        return dict(self.manifest["config"])
+
+    @property
+    def checkpoints(self) -> pl.DataFrame:
+        """Columns name, path, tokens_seen, stage, stage_tokens, hash; sorted by tokens_seen."""
+        schema = {
+            "name": pl.String,
+            "path": pl.String,
+            "tokens_seen": pl.Int64,
+            "stage": pl.String,
+            "stage_tokens": pl.Int64,
+            "hash": pl.String,
+        }
+        return pl.DataFrame(self.manifest["checkpoints"], schema=schema).sort("tokens_seen", "name")
+
+    @property
+    def cases(self) -> pl.DataFrame:
+        """All cases, columns as in `CASES_SCHEMA`."""
+        return _read(self.path / "cases.parquet")
+
+    @property
+    def scores(self) -> pl.LazyFrame:
+        """Per-case head scores of every finished unit, columns as in `SCORES_SCHEMA`."""
+        return self._scan("scores")
+
+    @property
+    def outcomes(self) -> pl.LazyFrame:
+        """Per-case outcomes of every finished unit, columns as in `OUTCOMES_SCHEMA`."""
+        return self._scan("outcomes")
+
+    def _scan(self, table: str) -> pl.LazyFrame:
+        parts = sorted((self.path / table).glob("*.parquet"))
+        if not parts:
+            raise LccpError(
+                f"run {self.path} holds no finished {table} yet; finish it with the command that began it "
+                f"(`lccp score ... --out {self.path}`)"
+            )
+        for part in parts:
+            _check_magic(part)
+        return pl.scan_parquet(parts)
+
+
+def _check_magic(part: Path) -> None:
+    """A Parquet file begins and ends with PAR1; anything else was torn by something other than this module."""
+    with open(part, "rb") as handle:
+        head = handle.read(4)
+        handle.seek(-4, os.SEEK_END) if part.stat().st_size >= 8 else None
+        tail = handle.read(4)
+    if head != b"PAR1" or tail != b"PAR1":
+        raise LccpError(f"{part} is not a whole Parquet file; delete it and run the scoring command again to redo it")
+
+
+def _read(path: Path) -> pl.DataFrame:
+    if not path.is_file():
+        raise LccpError(f"run {path.parent} has no {path.name}; score into a new folder")
+    _check_magic(path)
+    return pl.read_parquet(path)
+
+
+class RunWriter:
+    """A run folder, opened for writing by one study.
+
+    Opening the same folder with the same config resumes it; with another config it is refused, so that two studies
+    never mix. Checkpoints may be added at any time.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any], cases: Sequence[Case]) -> None:
+        """Create the run at `path`, or resume it.
+
+        Raises:
+            LccpError: the folder holds another study (the differing keys are named) or files that are no run.
+        """
+        self.path = Path(path)
+        self.config = dict(config)
+        frame = cases_frame(cases)
+        if (self.path / "run.json").is_file():
+            self.manifest = Run.open(self.path).manifest
+            self._refuse_other_study(frame)
+            for table in TABLES:
+                for orphan in (self.path / table).glob(".*.tmp"):
+                    orphan.unlink(missing_ok=True)
+            return
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "cases.parquet").is_file():
+            raise LccpError(f"{self.path} holds files but no run; choose an empty or new folder for --out")
+        try:
+            with replacing(self.path / "cases.parquet") as temporary:
+                frame.write_parquet(temporary)
+            self.manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "config_hash": config_hash(self.config),
+                "config": self.config,
+                **provenance(),
+                "checkpoints": [],
+            }
+            write_json(self.path / "run.json", self.manifest)
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise LccpError(f"cannot write to {self.path}: {error.strerror or error}; choose another --out") from error
+
+    def _refuse_other_study(self, frame: pl.DataFrame) -> None:
+        old = self.manifest["config"]
+        differing = sorted(key for key in {*old, *self.config} if old.get(key) != self.config.get(key))
+        if differing:
+            key = differing[0]
+            raise LccpError(
+                f"{self.path} holds another study: {', '.join(differing)} differ "
+                f"({key}: there {_short(old.get(key))}, asked {_short(self.config.get(key))}); "
+                "choose another --out, or repeat the options it was made with"
+            )
+        if not Run(self.path, self.manifest).cases.equals(frame):
+            raise LccpError(
+                f"{self.path} holds other cases under the same options (another version of lccp_interp wrote it?); "
+                "choose another --out"
+            )
+
+    def add_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Enter `checkpoints` in run.json; a name that is there with other weights is refused."""
+        known = {entry["name"]: entry for entry in self.manifest["checkpoints"]}
+        for checkpoint in checkpoints:
+            entry = {**asdict(checkpoint), "path": str(checkpoint.path)}
+            old = known.get(checkpoint.name)
+            if old is not None and (old["hash"], old["tokens_seen"]) != (entry["hash"], entry["tokens_seen"]):
+                raise LccpError(
+                    f"checkpoint {checkpoint.name!r} was scored in {self.path} with other weights or token count "
+                    f"(there {old['tokens_seen']} tokens, {_short(old['hash'])}; now {entry['tokens_seen']} tokens, "
+                    f"{_short(entry['hash'])}); choose another --out"
+                )
+            known[checkpoint.name] = entry
+        ordered = sorted(known.values(), key=lambda entry: (entry["tokens_seen"], entry["name"]))
+        if ordered != self.manifest["checkpoints"]:
+            self.manifest["checkpoints"] = ordered
+            write_json(self.path / "run.json", self.manifest)
+
+    def is_done(self, checkpoint: str, shard: int) -> bool:
+        """Whether the unit's parts are there."""
+        return all((self.path / table / part_name(checkpoint, shard)).is_file() for table in TABLES)
+
+    def append(self, checkpoint: str, shard: int, *, scores: pl.DataFrame, outcomes: pl.DataFrame) -> None:
+        """Write the parts of one unit; tables must have the columns of `TABLES` and at least one row."""
+        for table, frame in (("outcomes", outcomes), ("scores", scores)):
+            if dict(frame.schema) != TABLES[table] or frame.is_empty():
+                raise ValueError(f"{table} of {checkpoint} shard {shard}: got {frame.schema} with {frame.height} rows")
+            with replacing(self.path / table / part_name(checkpoint, shard)) as temporary:
+                frame.write_parquet(temporary)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

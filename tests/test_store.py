@@ -1,0 +1,192 @@
+"""The run folder: atomic parts, refusal to mix studies, order and sharding that do not matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from lccp_interp.schema import Case, CaseResult, Checkpoint, LccpError, Span
+from lccp_interp.store import (
+    SCORES_SCHEMA,
+    TABLES,
+    Run,
+    RunWriter,
+    cases_frame,
+    cases_from_frame,
+    part_name,
+    replacing,
+    result_frames,
+)
+
+CONFIG = {"task": "niah", "lengths": [8], "seed": 0}
+
+
+def make_cases(n=4):
+    return [
+        Case(f"c{i}", "niah", 8, 0.5, f"n{i}", "h", 0, 0, (1, 2, 3, 4, 5, 6), (2, 3), Span(1, 4), Span(1, 3))
+        for i in range(n)
+    ]
+
+
+def make_checkpoint(name="a", tokens=100, digest="00"):
+    return Checkpoint(name=name, path=Path(name), tokens_seen=tokens, hash=digest)
+
+
+def make_frames(checkpoint, cases, value=0.5):
+    results = [
+        CaseResult(
+            case_id=case.case_id,
+            layers=(0, 2),
+            scores={"retrieval": np.full((2, 3), value, dtype=np.float32)},
+            answer_loss_nats=np.array([0.5, 1.5], dtype=np.float32),
+            greedy_ids=(2, 9),
+        )
+        for case in cases
+    ]
+    return result_frames(checkpoint, "teacher_forced", results, {c.case_id: c.answer_ids for c in cases})
+
+
+def fill(path, *, order=(0, 1)):
+    cases = make_cases()
+    writer = RunWriter(path, CONFIG, cases)
+    checkpoint = make_checkpoint()
+    writer.add_checkpoints([checkpoint])
+    for shard in order:
+        scores, outcomes = make_frames(checkpoint, cases[2 * shard : 2 * shard + 2], value=shard)
+        writer.append("a", shard, scores=scores, outcomes=outcomes)
+    return writer
+
+
+def test_tables_hold_what_was_put_in(tmp_path):
+    fill(tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    scores, outcomes = run.scores.collect(), run.outcomes.collect()
+    assert dict(scores.schema) == SCORES_SCHEMA
+    assert scores.height == 4 * 2 * 3
+    assert set(scores["layer"]) == {0, 2}
+    assert scores.filter(case_id="c3", layer=2, head=1)["value"].to_list() == [1.0]
+    first = outcomes.row(0, named=True)
+    assert first["answer_ppl"] == pytest.approx(np.exp(1.0))
+    assert (first["greedy_exact"], first["token_accuracy"], first["rouge1_recall"]) == (False, 0.5, None)
+    assert run.checkpoints["tokens_seen"].to_list() == [100]
+    assert cases_from_frame(run.cases) == make_cases()
+
+
+def test_the_order_of_writing_does_not_matter(tmp_path):
+    fill(tmp_path / "one", order=(0, 1))
+    fill(tmp_path / "two", order=(1, 0))
+    for table in ("scores", "outcomes"):
+        one, two = (getattr(Run.open(tmp_path / name), table).collect() for name in ("one", "two"))
+        assert one.equals(two)
+
+
+def test_the_manifest_says_how_the_run_came_to_be(tmp_path):
+    fill(tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["schema_version"] == 1
+    assert len(manifest["config_hash"]) == 64
+    assert manifest["config"] == CONFIG
+    assert {"torch", "transformers", "polars"} <= set(manifest["versions"])
+    assert {"created", "python", "git_commit"} <= set(manifest)
+
+
+def test_reopening_resumes_and_cleans_orphans(tmp_path):
+    writer = fill(tmp_path / "run", order=(0,))
+    orphan = tmp_path / "run" / "scores" / ".a.0001.parquet.1.tmp"
+    orphan.write_bytes(b"half")
+    again = RunWriter(tmp_path / "run", CONFIG, make_cases())
+    assert again.is_done("a", 0)
+    assert not again.is_done("a", 1)
+    assert not orphan.exists()
+    assert again.manifest == writer.manifest
+
+
+def test_a_unit_is_done_only_with_all_its_tables(tmp_path):
+    writer = fill(tmp_path / "run", order=(0,))
+    (tmp_path / "run" / "scores" / part_name("a", 0)).unlink()
+    assert not writer.is_done("a", 0)
+
+
+def test_another_study_is_refused_by_the_keys_that_differ(tmp_path):
+    fill(tmp_path / "run")
+    with pytest.raises(
+        LccpError, match=r"holds another study: lengths, seed differ \(lengths: there \[8\], asked \[9\]\)"
+    ):
+        RunWriter(tmp_path / "run", {"task": "niah", "lengths": [9], "seed": 1}, make_cases())
+    with pytest.raises(LccpError, match="holds other cases under the same options"):
+        RunWriter(tmp_path / "run", CONFIG, make_cases(3))
+
+
+def test_a_checkpoint_with_other_weights_is_refused(tmp_path):
+    writer = fill(tmp_path / "run")
+    with pytest.raises(LccpError, match=r"checkpoint 'a' was scored .* with other weights or token count"):
+        writer.add_checkpoints([make_checkpoint(digest="ff")])
+    writer.add_checkpoints([make_checkpoint("b", 50)])
+    assert Run.open(tmp_path / "run").checkpoints["name"].to_list() == ["b", "a"]
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(LccpError, match="holds files but no run"):
+        RunWriter(tmp_path, CONFIG, make_cases())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LccpError, match="cannot write to"):
+        RunWriter(tmp_path / "file", CONFIG, make_cases())
+
+
+def test_what_cannot_be_read_says_so(tmp_path):
+    with pytest.raises(LccpError, match=r"no run at .*lccp score CHECKPOINT... --out"):
+        Run.open(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(LccpError, match="cannot be read"):
+        Run.open(tmp_path)
+    (tmp_path / "run.json").write_text('{"schema_version": 99}')
+    with pytest.raises(LccpError, match="schema version 99, this lccp_interp reads up to 1"):
+        Run.open(tmp_path)
+    RunWriter(tmp_path / "empty", CONFIG, make_cases())
+    with pytest.raises(LccpError, match="holds no finished scores yet"):
+        _ = Run.open(tmp_path / "empty").scores
+
+
+def test_a_torn_part_is_named(tmp_path):
+    fill(tmp_path / "run")
+    part = tmp_path / "run" / "scores" / part_name("a", 0)
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(LccpError, match=r"a\.0000\.parquet is not a whole Parquet file; delete it"):
+        Run.open(tmp_path / "run").scores.collect()
+
+
+def test_empty_tables_are_never_written(tmp_path):
+    writer = fill(tmp_path / "run")
+    empty = {name: pl.DataFrame(schema=schema) for name, schema in TABLES.items()}
+    with pytest.raises(ValueError, match="0 rows"):
+        writer.append("a", 7, **empty)
+
+
+def test_replacing_keeps_the_old_file_on_failure(tmp_path):
+    target = tmp_path / "x"
+    target.write_text("old")
+
+    def fail_halfway():
+        with replacing(target) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError("disk gone")
+
+    with pytest.raises(RuntimeError, match="disk gone"):
+        fail_halfway()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_part_names_never_leave_the_folder():
+    assert part_name("../../etc/passwd", 0).count("/") == 0
+    assert part_name("a b", 0) != part_name("a_b", 0)
+    assert not part_name(".hidden", 1).startswith(".")
+
+
+def test_cases_survive_the_table():
+    assert cases_from_frame(cases_frame(make_cases())) == make_cases()
