@@ -1,0 +1,167 @@
+"""Haystacks: long filler text, in tokens, that can be opened at any sentence.
+
+A `Haystack` cuts its text into sentences once and encodes each of them as it looks at the beginning of a document, in
+mid-text and at the beginning of a line, so that a context of an exact number of tokens with a needle at a sentence
+boundary is a matter of joining lists. It refuses to know needles and questions. Cost: one tokenizer call over the text
+that is used.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lccp_interp.schema import LccpError
+from lccp_interp.tasks.pieces import PieceEncoder
+
+# A sentence ends after . ! ? (and closing quotes) before white space, after the full-width marks, or with a paragraph.
+_SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|(?<=\S)(?=[^\S\n]*\n\s*\n)""")
+RUN_ON_CHARACTERS = 400
+"""A longer stretch without a sentence end (code, tables) is cut at white space, so that every depth can be reached."""
+
+
+def sentences(text: str) -> list[str]:
+    """Cut `text` into sentences; joined they are the text again, white space leads the sentence it precedes.
+
+    Example:
+        >>> sentences("It rained. Mara slept! Why?")
+        ['It rained.', ' Mara slept!', ' Why?']
+    """
+    cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(cuts) if text[start:end].strip()]
+    parts: list[str] = []
+    for piece in pieces:
+        while len(piece) > RUN_ON_CHARACTERS:
+            cut = max(piece.rfind(" ", 1, RUN_ON_CHARACTERS), piece.rfind("\t", 1, RUN_ON_CHARACTERS))
+            if cut <= 0:
+                break
+            parts.append(piece[:cut])
+            piece = piece[cut:]
+        parts.append(piece)
+    return parts
+
+
+def read_haystack(path: Path) -> str:
+    """The text of a file, or of all *.txt and *.md files of a folder in the order of their names.
+
+    Raises:
+        LccpError: nothing there, no text in it, or bytes that are not UTF-8 (file and position).
+    """
+    if path.is_dir():
+        files = sorted([*path.glob("*.txt"), *path.glob("*.md")])
+    elif path.is_file():
+        files = [path]
+    else:
+        raise LccpError(f"no haystack at {path}; give a text file or a folder of *.txt files")
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise LccpError(
+                f"haystack {file} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
+            ) from error
+    text = "\n\n".join(filter(None, texts))
+    if not text:
+        raise LccpError(
+            f"haystack {path} is empty ({len(files)} files read); give a text file or a folder of *.txt files"
+        )
+    return text
+
+
+class Haystack:
+    """Filler text in tokens of one tokenizer, cut at sentences.
+
+    Attributes:
+        haystack_id: name of the text, a hash of its characters.
+        n_tokens: how many tokens it has in mid-text form.
+    """
+
+    def __init__(self, text: str, encoder: PieceEncoder) -> None:
+        self.haystack_id = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        self._encoder = encoder
+        self._sentences = sentences(text)
+        if not self._sentences:
+            raise LccpError("the haystack is empty; give a text file or a folder of *.txt files")
+        self._middle = encoder.middle(self._sentences)
+        self._ends = list(itertools.accumulate(len(ids) for ids in self._middle))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the whole text."""
+        return self._ends[-1]
+
+    def starts(self, n_context: int) -> int:
+        """How many first sentences leave at least `n_context` tokens behind them.
+
+        Raises:
+            LccpError: the haystack has fewer tokens than that.
+        """
+        if self.n_tokens < n_context:
+            raise LccpError(
+                f"the haystack has {self.n_tokens} tokens, {n_context} are needed; "
+                "give a longer text (--haystack) or ask for a shorter length (--lengths)"
+            )
+        return bisect.bisect_right(self._ends, self.n_tokens - n_context) + 1
+
+    def split(self, n_context: int, depth_fraction: float, *, start: int = 0) -> tuple[list[int], list[int]]:
+        """A context of exactly `n_context` tokens, opened at a sentence boundary.
+
+        Args:
+            n_context: tokens of both parts together, including the line break that opens the second.
+            depth_fraction: 0..1; the first part ends at the sentence boundary nearest below that share of the
+                context. At 1 it is the whole context, cut wherever the count falls; at 0 it is empty.
+            start: index of the sentence to begin with (see `starts`).
+
+        Returns:
+            (before, after): token ids; `after` begins with a line break, an empty part has no tokens at all.
+
+        Raises:
+            LccpError: the haystack is too short from that sentence on.
+        """
+        if depth_fraction >= 1:
+            return self._from(start, n_context, lead=""), []
+        target = depth_fraction * n_context
+        # From the second sentence on, mid-text lengths are the exact ones; only the first is encoded as a beginning.
+        first = self._encoder.start(self._sentences[start].lstrip())
+        offset = self._ends[start] - len(first)
+        n_sentences = 0
+        if target >= len(first):
+            n_sentences = bisect.bisect_right(self._ends, target + offset) - start
+        before = [] if n_sentences == 0 else first + self._join(start + 1, start + n_sentences)
+        return before, self._from(start + n_sentences, n_context - len(before), lead="\n")
+
+    def _join(self, start: int, end: int) -> list[int]:
+        return list(itertools.chain.from_iterable(self._middle[start:end]))
+
+    def _from(self, start: int, n_tokens: int, *, lead: str) -> list[int]:
+        """Exactly `n_tokens` tokens from sentence `start` on, which begins a line (lead) or the document (no lead)."""
+        if start >= len(self._sentences):
+            raise LccpError(f"the haystack ends before the {n_tokens} tokens that are still needed; give a longer text")
+        opening = self._sentences[start].lstrip()
+        if lead:
+            ids = self._encoder.middle([lead])[0] + self._encoder.middle([opening], after=lead)[0]
+        else:
+            ids = self._encoder.start(opening)
+        end = bisect.bisect_left(self._ends, self._ends[start] + n_tokens - len(ids)) + 1
+        ids = ids + self._join(start + 1, end)
+        if len(ids) < n_tokens:
+            raise LccpError(
+                f"the haystack has {self.n_tokens} tokens, {n_tokens - len(ids)} more are needed; "
+                "give a longer text (--haystack) or ask for a shorter length (--lengths)"
+            )
+        return ids[:n_tokens]
+
+
+def pick_starts(haystack: Haystack, n_context: int, n_samples: int, seeds: Sequence[int]) -> list[int]:
+    """First sentences for the samples: the first sample reads from the top, others from seeded places."""
+    import random
+
+    choices = haystack.starts(n_context)
+    # The last possible start is left out: at the beginning of a document its first sentence may have a token less.
+    spread = max(1, choices - 1)
+    return [0 if sample == 0 else random.Random(seeds[sample]).randrange(spread) for sample in range(n_samples)]

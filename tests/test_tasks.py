@@ -1,0 +1,246 @@
+"""Cases: exact lengths, exact spans, on every kind of tokenizer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from external import external
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lccp_interp.organism import language
+from lccp_interp.schema import LccpError, Needle, SpanError
+from lccp_interp.tasks.haystack import Haystack, read_haystack, sentences
+from lccp_interp.tasks.niah import PAPER_PROMPT, NiahGrid, build_cases, read_needles
+from lccp_interp.tasks.pieces import PieceEncoder
+
+WU_PROMPT = "{context}Based on the content of the book, Question: {question}\nAnswer:"
+NEEDLES = (
+    Needle(
+        "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
+        "What is the best thing to do in San Francisco?",
+        "eat a sandwich and sit in Dolores Park on a sunny day.",
+    ),
+    Needle("Mr Green wears 1234567 hats.", "What does Mr Green wear?", "Mr Green wears 1234567 hats."),
+    Needle('She said: "naïve café"!', "What did she say?", "naïve café"),
+)
+TEXT = "It rained in the town. Mara walked home slowly, and nobody saw her! Who knows why? " * 60
+
+
+def decoded(tokenizer, ids):
+    return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def check_spans(cases, needles, tokenizer):
+    """The law: exact length, and the decoded spans are the needle and its answer."""
+    for case in cases:
+        needle = needles[int(case.needle_id[1:])]
+        assert len(case.prompt_ids) + len(case.answer_ids) == case.length
+        assert decoded(tokenizer, case.prompt_ids[case.source.start : case.source.end]).strip() == needle.answer
+        assert decoded(tokenizer, case.prompt_ids[case.needle.start : case.needle.end]).strip() == needle.needle
+        assert decoded(tokenizer, case.answer_ids).strip() == needle.answer
+
+
+@pytest.mark.parametrize("prompt", [PAPER_PROMPT, WU_PROMPT, "Read this:\n{context}\n\nQ: {question} A: "])
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_span_law_on_real_tokenizers_and_essays(name, prompt):
+    tokenizer = AutoTokenizer.from_pretrained(external(f"tokenizers/{name}"))
+    needles = list(NEEDLES)
+    for line in external("haystack/needles.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        needles.append(Needle(entry["needle"], entry["question"], entry["needle"]))
+        if entry["real_needle"] in entry["needle"]:
+            needles.append(Needle(entry["needle"], entry["question"], entry["real_needle"]))
+    grid = NiahGrid(
+        lengths=(200, 1000, 8192),
+        depths=(0, 1, 25, 50, 99, 100),
+        samples=2,
+        needles=tuple(needles),
+        haystack=read_haystack(external("haystack/essays")),
+        prompt=prompt,
+    )
+    cases = build_cases(grid, tokenizer)
+    assert len(cases) == grid.n_cases == 3 * 6 * 2 * len(needles)
+    check_spans(cases, needles, tokenizer)
+
+
+@given(seed=st.integers(0, 10**6), length=st.integers(120, 900), depth=st.floats(0, 100))
+@settings(max_examples=25, deadline=None)
+def test_span_law_in_the_bundled_language(tokenizer, seed, length, depth):
+    (case,) = build_cases(NiahGrid(lengths=(length,), depths=(depth,), seed=seed), tokenizer)
+    assert len(case.prompt_ids) + len(case.answer_ids) == length
+    source = case.prompt_ids[case.source.start : case.source.end]
+    assert source == case.answer_ids  # answers follow a blank in needle and prompt alike
+    assert case.prompt_ids.count(10) >= 2  # the line breaks before question and answer
+
+
+def test_the_prompt_has_the_papers_form(tokenizer):
+    needle = Needle("The code of Mara is 4 0 7.", "What is the code of Mara?", "4 0 7")
+    grid = NiahGrid(lengths=(160,), depths=(0, 50, 100), needles=(needle,), haystack=TEXT)
+    front, middle, end = (decoded(tokenizer, c.prompt_ids) for c in build_cases(grid, tokenizer))
+    tail = "\nQuestion: What is the code of Mara?\nAnswer:"
+    assert front.startswith("The code of Mara is 4 0 7.\nIt rained in the town.")
+    assert "\nThe code of Mara is 4 0 7.\n" in middle
+    assert middle.split("\nThe code")[0][-1] in ".!?"
+    assert middle.endswith(tail)
+    assert end.endswith("\nThe code of Mara is 4 0 7." + tail)
+
+
+def test_the_needle_stands_at_the_sentence_boundary_nearest_below_its_depth(tokenizer):
+    grid = NiahGrid(lengths=(600,), depths=(10, 30, 60, 90), needles=NEEDLES[:1], haystack=TEXT)
+    for case in build_cases(grid, tokenizer):
+        n_context = case.length - len(case.needle) - 60
+        assert case.needle.start <= case.depth_fraction * case.length
+        assert case.needle.start >= case.depth_fraction * n_context - 140  # no sentence is longer in this tokenizer
+
+
+def test_samples_read_different_places_and_seeds_repeat(tokenizer):
+    def prompts(seed):
+        grid = NiahGrid(lengths=(300,), depths=(50,), samples=4, needles=NEEDLES[:1], haystack=TEXT * 3, seed=seed)
+        return [case.prompt_ids for case in build_cases(grid, tokenizer)]
+
+    assert prompts(0) == prompts(0)
+    assert len(set(prompts(0))) > 1
+    assert prompts(0)[0] == prompts(1)[0]  # the first sample reads from the top
+    assert prompts(0) != prompts(1)
+
+
+def test_a_lossy_tokenizer_is_refused_with_the_text(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    grid = NiahGrid(lengths=(400,), needles=NEEDLES[:1], haystack=TEXT)
+    with pytest.raises(SpanError, match=r"the answer of needle n0 cannot be placed under this tokenizer.*eat a sand"):
+        build_cases(grid, tokenizer)
+
+
+def test_a_tokenizer_without_line_breaks_is_refused():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "best": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    with pytest.raises(SpanError, match=r"gives '\\n' no tokens of its own in mid-text"):
+        build_cases(NiahGrid(lengths=(400,), needles=NEEDLES[:1], haystack=TEXT), tokenizer)
+
+
+def test_special_tokens_in_front_are_kept_and_counted(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    assert PieceEncoder(tokenizer).prefix == [bos]
+    grid = NiahGrid(lengths=(300,), needles=NEEDLES[:1], haystack=TEXT)
+    cases = build_cases(grid, tokenizer)
+    assert all(case.prompt_ids[0] == bos and case.prompt_ids.count(bos) == 1 for case in cases)
+    check_spans(cases, NEEDLES, tokenizer)
+
+
+def test_haystack_split_is_exact(tokenizer):
+    haystack = Haystack(TEXT, PieceEncoder(tokenizer))
+    for n_context in (1, 2, 50, 51, 777):
+        for depth in (0.0, 0.1, 0.5, 0.999, 1.0):
+            before, after = haystack.split(n_context, depth)
+            assert len(before) + len(after) == n_context
+            assert len(before) <= max(depth * n_context, 0)
+
+
+def test_sentences():
+    assert sentences("One. Two! 3.5 is a number? Yes.") == ["One.", " Two!", " 3.5 is a number?", " Yes."]
+    assert sentences('He said "No." Then left.\n\nA title\n\nEnd') == [
+        'He said "No."',
+        " Then left.",
+        "\n\nA title",
+        "\n\nEnd",
+    ]
+    assert sentences("你好。再见！") == ["你好。", "再见！"]
+    hard_wrapped = "a line\nthat goes on"
+    assert sentences(hard_wrapped) == [hard_wrapped]
+    run_on = "word " * 300
+    assert len(sentences(run_on)) > 3
+    assert "".join(sentences(run_on)) == run_on
+
+
+def test_a_haystack_too_short_says_how_much_is_missing(tokenizer):
+    grid = NiahGrid(lengths=(4000,), needles=NEEDLES[:1], haystack="Only this. " * 10)
+    with pytest.raises(LccpError, match=r"the haystack has \d+ tokens, \d+ are needed; give a longer text"):
+        build_cases(grid, tokenizer)
+
+
+def test_a_length_without_room_says_how_much_is_needed(tokenizer):
+    with pytest.raises(LccpError, match=r"length 30 has no room for a context: needle n0.*ask for at least \d+"):
+        build_cases(NiahGrid(lengths=(30,), needles=NEEDLES[:1], haystack=TEXT), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": (101,)}, "depth 101 is outside 0-100"),
+        ({"depths": (-1,)}, "depth -1 is outside 0-100"),
+        ({"lengths": ()}, "at least one length"),
+        ({"lengths": (0,)}, "above 0, got 0"),
+        ({"lengths": (256, 256)}, "name a value twice"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"needles": ()}, "list of needles is empty"),
+        ({"prompt": "{question}"}, r"must hold \{context\} exactly once"),
+        ({"prompt": "{question} {context}"}, r"\{context\} before \{question\}"),
+    ],
+)
+def test_grid_mistakes(change, message):
+    with pytest.raises(LccpError, match=message):
+        NiahGrid(**{"lengths": (256,), **change})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"needle": "a b", "question": "q"}', r"needles.jsonl:1: field 'answer' is missing .*repeat the needle"),
+        ('\n{"needle": "a", "answer": "a"}', r"needles.jsonl:2: field 'question' is missing \(has answer, needle\)"),
+        ('{"needle": "a", "question": " ", "answer": "a"}', r":1: a needle's field 'question' must be a non-empty"),
+        ('{"needle": "a", "question": "q", "answer": 3}', r":1: a needle's field 'answer' must be a non-empty"),
+        ('{"needle": "a b", "question": "q", "answer": "c"}', r":1: the answer 'c' is not part of its needle 'a b'"),
+        ("{broken", r"needles.jsonl:1: no JSON"),
+        ('["a"]', r"needles.jsonl:1: expected a JSON object, got list"),
+        ("\n \n", "holds no needles"),
+    ],
+)
+def test_needle_file_mistakes_name_file_and_line(tmp_path, content, message):
+    path = tmp_path / "needles.jsonl"
+    path.write_text(content)
+    with pytest.raises(LccpError, match=message):
+        read_needles(path)
+
+
+def test_needle_file(tmp_path):
+    path = tmp_path / "needles.jsonl"
+    path.write_text('{"needle": "x is 1.", "question": "x?", "answer": "1", "extra": 2}\n\n')
+    assert read_needles(path) == (Needle("x is 1.", "x?", "1"),)
+    with pytest.raises(LccpError, match="no needle file at"):
+        read_needles(tmp_path / "none.jsonl")
+
+
+def test_haystack_files(tmp_path):
+    with pytest.raises(LccpError, match="no haystack at"):
+        read_haystack(tmp_path / "none.txt")
+    with pytest.raises(LccpError, match=r"is empty \(0 files read\)"):
+        read_haystack(tmp_path)
+    (tmp_path / "b.txt").write_text("Second.")
+    (tmp_path / "a.txt").write_text("First.\n")
+    assert read_haystack(tmp_path) == "First.\n\nSecond."
+    (tmp_path / "c.txt").write_bytes(b"ok \xff\xfe")
+    with pytest.raises(LccpError, match=r"c.txt is not UTF-8 \(byte 3\)"):
+        read_haystack(tmp_path)
+
+
+def test_bundled_haystacks_do_not_give_the_answer_away(tokenizer):
+    for case in build_cases(NiahGrid(lengths=(2048,), depths=(50,), samples=5), tokenizer):
+        outside = case.prompt_ids[: case.needle.start] + case.prompt_ids[case.needle.end :]
+        needle = case.prompt_ids[case.needle.start : case.needle.end]
+        assert decoded(tokenizer, needle[:6]).strip() not in decoded(tokenizer, outside)
+
+
+def test_the_bundled_language_is_a_function_of_its_seed():
+    assert language.needles(3, seed=5) == language.needles(3, seed=5)
+    assert language.needles(3, seed=5) != language.needles(3, seed=6)
