@@ -1,0 +1,193 @@
+"""A checkpoint in memory, with hooks: load it, run it, read the attention rows of its copy events.
+
+`HookedModel` wraps the transformers model and tokenizer of one checkpoint. It knows how to run a prompt with its answer
+in one teacher-forced pass and to read rows; it refuses to know what a needle is or how a score is made of rows. Loading
+costs the weights; a pass costs a prefill with logits at the answer only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lccp_interp.capture.rows import RowSink, tap_rows
+from lccp_interp.checkpoints import verify_folder
+from lccp_interp.schema import LccpError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class HookedModel:
+    """A causal language model with its tokenizer and a tap on its attention.
+
+    Example:
+        >>> model = load_model("data/trajectory/lccp-1.2M")                             # doctest: +SKIP
+        >>> ids = model.tokenizer("Question: who?", return_tensors="pt").input_ids      # doctest: +SKIP
+        >>> rows = model.attention_rows(ids, [-1])     # {layer: [batch, head, 1, key]} # doctest: +SKIP
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go (the embedding's device under a device map)."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers, with or without attention."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads per layer."""
+        return int(self.model.config.get_text_config().num_attention_heads)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' dtype, e.g. `float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @torch.inference_mode()
+    def answer_logits(self, input_ids: Tensor, n_answer: int, sink: RowSink) -> Tensor:
+        """One teacher-forced pass; logits and attention rows where the last tokens are predicted.
+
+        Args:
+            input_ids: Int `[batch, token]`, prompt and answer, all of one length (no padding).
+            n_answer: how many of the last tokens are the answer, 1 <= n_answer < tokens.
+            sink: receives (layer, float32 `[batch, head, n_answer, key]`) once per attention layer; row t is the
+                query position that predicts answer token t, keys are all tokens but the last.
+
+        Returns:
+            Float32 logits `[batch, n_answer, vocabulary]` on the output's device.
+        """
+        # The last token predicts nothing that is asked for, so it is not fed.
+        fed = input_ids[:, :-1].to(self.device)
+        rows = torch.arange(fed.shape[1] - n_answer, fed.shape[1])
+        with tap_rows(self.model, rows, sink):
+            output = self.model(input_ids=fed, use_cache=False, logits_to_keep=n_answer)
+        return output.logits.float()
+
+    @torch.inference_mode()
+    def attention_rows(self, input_ids: Tensor, positions: Sequence[int]) -> dict[int, Tensor]:
+        """Attention weights of some query positions, from every attention layer.
+
+        Args:
+            input_ids: Int `[batch, token]`.
+            positions: query positions; negative ones count from the end.
+
+        Returns:
+            Float32 CPU tensors `[batch, head, position, key]` by true layer index; rows sum to 1 (less the sink's
+            share in models with attention sinks).
+
+        Raises:
+            IndexError: a position outside the prompt.
+        """
+        n_tokens = input_ids.shape[1]
+        for position in positions:
+            if not -n_tokens <= position < n_tokens:
+                raise IndexError(f"query position {position} is outside a prompt of {n_tokens} tokens")
+        captured: dict[int, Tensor] = {}
+
+        def keep(layer: int, weights: Tensor) -> None:
+            captured[layer] = weights.cpu()
+
+        with tap_rows(self.model, torch.tensor([position % n_tokens for position in positions]), keep):
+            self.model(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=1)
+        return dict(sorted(captured.items()))
+
+
+def load_model(
+    checkpoint: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> HookedModel:
+    """Load a checkpoint for capture.
+
+    Args:
+        checkpoint: a local folder in Hugging Face form, or a hub id (`organisation/name`).
+        device: `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps`. Not used with a device map.
+        dtype: `auto` (float32 on a CPU, else the checkpoint's own), `float32`, `bfloat16`, `float16`.
+        device_map: as in transformers (`"auto"` spreads the layers over all devices; needs accelerate).
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        LccpError: no such folder, no weights or tokenizer in it, a truncated weight file, an architecture that this
+            transformers does not know.
+
+    Example:
+        >>> load_model("no/such/place/at-all")
+        Traceback (most recent call last):
+        lccp_interp.schema.LccpError: no checkpoint folder at no/such/place/at-all; ...
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one bar per checkpoint would tear ours apart
+    is_hub_id = not Path(checkpoint).exists() and str(checkpoint).count("/") == 1 and str(checkpoint)[0] not in "./~"
+    if not is_hub_id:
+        verify_folder(Path(checkpoint))
+    if dtype not in ("auto", *DTYPES):
+        raise LccpError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_dtype: torch.dtype | str = DTYPES.get(dtype, "auto")
+    if dtype == "auto" and device == "cpu" and device_map is None:
+        torch_dtype = torch.float32
+    tokenizer = load_tokenizer(checkpoint, revision=revision)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=torch_dtype,
+            device_map=device_map,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise LccpError(f"checkpoint {checkpoint} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise LccpError(
+            f"checkpoint {checkpoint} lacks {len(missing)} weights of {type(model).__name__}: "
+            f"{', '.join(missing[:3])}; copy the whole checkpoint again"
+        )
+    if device_map is None:
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise LccpError(f"device {device!r} cannot be used: {_first_line(error)}; try --device cpu") from error
+    return HookedModel(model=model.eval(), tokenizer=tokenizer, name=Path(checkpoint).name)
+
+
+def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        LccpError: it is missing or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
+    except Exception as error:  # tokenizers raises bare Exception on a broken file
+        raise LccpError(f"the tokenizer of {checkpoint} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

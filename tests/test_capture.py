@@ -1,0 +1,185 @@
+"""The tap against the model's own eager attention, on four architectures with different attention."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from lccp_interp.capture.model import HookedModel, load_model
+from lccp_interp.capture.rows import TAP_NAME, tap_rows
+from lccp_interp.schema import LccpError
+
+ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "hunyuan_v1_moe")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return tiny_model(request.param)
+
+
+def prompts(model, *, batch=2, n_tokens=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (batch, n_tokens), generator=generator)
+
+
+def eager_rows(model, ids, rows, **inputs):
+    """The slow, obvious way: full maps of every layer, then pick rows."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        maps = model(ids, output_attentions=True, **inputs).attentions
+    model.set_attn_implementation(before)
+    return {layer: full[:, :, rows] for layer, full in enumerate(maps)}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_rows_equal_eager_and_logits_are_untouched(model, kernel):
+    model.set_attn_implementation(kernel)
+    ids, rows = prompts(model), [0, 3, 20, 39]
+    with torch.inference_mode():
+        plain = model(ids).logits
+        got = {}
+        with tap_rows(model, torch.tensor(rows), got.__setitem__):
+            tapped = model(ids).logits
+    expected = eager_rows(model, ids, rows)
+    assert sorted(got) == sorted(expected) == [0, 1, 2]
+    assert model.config._attn_implementation == kernel
+    torch.testing.assert_close(tapped, plain, atol=TOLERANCE, rtol=0)
+    for layer, weights in got.items():
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights, expected[layer], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), atol=TOLERANCE, rtol=0)
+    model.set_attn_implementation("sdpa")
+
+
+def test_rows_with_left_padding(model):
+    ids, rows = prompts(model), [38, 39]
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    got = {}
+    with torch.inference_mode(), tap_rows(model, torch.tensor(rows), got.__setitem__):
+        model(ids, attention_mask=mask)
+    for layer, expected in eager_rows(model, ids, rows, attention_mask=mask).items():
+        torch.testing.assert_close(got[layer], expected, atol=TOLERANCE, rtol=0)
+        assert got[layer][0, :, :, :7].abs().max() == 0
+
+
+def test_rows_behind_a_cache(model):
+    ids = prompts(model, batch=1)
+    got = {}
+    with torch.inference_mode():
+        cache = model(ids[:, :30], use_cache=True).past_key_values
+        with tap_rows(model, torch.tensor([0, 9]), got.__setitem__):
+            model(ids[:, 30:], past_key_values=cache)
+    for layer, expected in eager_rows(model, ids, [30, 39]).items():
+        n_keys = got[layer].shape[-1]  # a sliding layer's cache has dropped the oldest keys
+        torch.testing.assert_close(got[layer], expected[..., -n_keys:], atol=TOLERANCE, rtol=0)
+
+
+def test_no_row_attends_to_the_future(model):
+    got = {}
+    with torch.inference_mode(), tap_rows(model, torch.tensor([5]), got.__setitem__):
+        model(prompts(model))
+    assert all(weights[..., 6:].abs().max() == 0 for weights in got.values())
+
+
+def test_a_sliding_window_is_seen_in_the_rows():
+    model = tiny_model("gemma3_text")
+    got = {}
+    with torch.inference_mode(), tap_rows(model, torch.tensor([39]), got.__setitem__):
+        model(prompts(model))
+    assert got[0][..., :23].abs().max() == 0 < got[1][..., :23].abs().min()
+
+
+def test_the_implementation_is_restored_after_an_exception(model):
+    def fail(layer, weights):
+        raise RuntimeError("sink failed")
+
+    with pytest.raises(RuntimeError, match="sink failed"), tap_rows(model, torch.tensor([0]), fail):
+        model(prompts(model))
+    assert model.config._attn_implementation == "sdpa"
+    model(prompts(model))
+
+
+def test_rows_go_through_half_precision_in_float32():
+    model = tiny_model("llama").to(torch.bfloat16)
+    got = {}
+    with torch.inference_mode(), tap_rows(model, torch.tensor([39]), got.__setitem__):
+        model(prompts(model))
+    assert all(weights.dtype == torch.float32 for weights in got.values())
+
+
+def test_other_kernels_are_refused():
+    model = tiny_model("llama")
+    model.set_attn_implementation("flex_attention")
+    with (
+        pytest.raises(LccpError, match="runs attention implementation 'flex_attention'"),
+        tap_rows(model, torch.tensor([0]), lambda layer, weights: None),
+    ):
+        pass
+
+
+def test_the_tap_outside_its_context_is_refused():
+    model = tiny_model("llama")
+    model.set_attn_implementation(TAP_NAME)
+    with pytest.raises(LccpError, match="outside of `tap_rows`"):
+        model(prompts(model))
+
+
+def test_attention_rows_of_a_hooked_model(checkpoint):
+    model = load_model(checkpoint)
+    ids = prompts(model.model)
+    rows = model.attention_rows(ids, [-1, 2])
+    expected = eager_rows(model.model, ids, [39, 2])
+    for layer in range(model.n_layers):
+        torch.testing.assert_close(rows[layer], expected[layer], atol=TOLERANCE, rtol=0)
+    with pytest.raises(IndexError, match="position 40 is outside a prompt of 40 tokens"):
+        model.attention_rows(ids, [40])
+
+
+def test_answer_logits_are_those_of_the_whole_pass(checkpoint):
+    model = load_model(checkpoint)
+    ids = prompts(model.model)
+    captured = {}
+    logits = model.answer_logits(ids, 6, captured.__setitem__)
+    with torch.inference_mode():
+        whole = model.model(ids).logits
+    torch.testing.assert_close(logits, whole[:, 33:39], atol=TOLERANCE, rtol=0)
+    assert captured[0].shape == (2, model.n_heads, 6, 39)
+
+
+def test_load_model_settings(checkpoint):
+    assert load_model(checkpoint).dtype == "float32"
+    assert load_model(checkpoint, dtype="bfloat16").dtype == "bfloat16"
+    mapped = load_model(checkpoint, device_map={"": "cpu"})
+    assert isinstance(mapped, HookedModel)
+    assert mapped.device.type == "cpu"
+
+
+def test_load_model_mistakes(checkpoint, tmp_path):
+    with pytest.raises(LccpError, match="unknown dtype 'int3'; known: auto, float32"):
+        load_model(checkpoint, dtype="int3")
+    with pytest.raises(LccpError, match="device 'cuda:77' cannot be used"):
+        load_model(checkpoint, device="cuda:77")
+    unknown = tmp_path / "unknown"
+    shutil.copytree(checkpoint, unknown)
+    config = (unknown / "config.json").read_text().replace('"llama"', '"llamoid"')
+    (unknown / "config.json").write_text(config)
+    with pytest.raises(LccpError, match=r"unknown cannot be loaded: .*llamoid"):
+        load_model(unknown)
+
+
+def test_missing_weights_are_never_filled_with_noise(checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "partial"
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LccpError, match=r"lacks 1 weights of LlamaForCausalLM: model.layers.1.self_attn.q_proj"):
+        load_model(folder)
