@@ -1,0 +1,175 @@
+"""The sweep: every checkpoint of a trajectory scored on the same cases, into a run folder, resumable at any point.
+
+The unit of work is (checkpoint, shard of cases). Units whose parts exist are skipped, a checkpoint all of whose units
+are done is not even loaded. This module joins the stages up to the store; it refuses to know what becomes of the
+tables. Cost: one load per checkpoint, one prefill per case and checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lccp_interp.checkpoints import find_checkpoints, tokenizer_hash
+from lccp_interp.schema import Case, Checkpoint, LccpError, Needle
+from lccp_interp.store import Run, RunWriter, result_frames
+
+if TYPE_CHECKING:
+    from lccp_interp.tasks.niah import NiahGrid
+
+CASES_PER_SHARD = 64
+"""Cases per unit of work: what an interruption can cost at most."""
+
+DEFAULT_METRICS = ("retrieval", "wu", "copy", "needle_mass")
+MODE = "teacher_forced"
+
+Progress = Callable[[int, int, str], None]
+"""Told (tokens done, tokens in all, what is going on); tokens are what the time goes into."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    checkpoint: Checkpoint
+    shard: int
+    cases: Sequence[Case]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(case.length for case in self.cases)
+
+
+def score(
+    checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkpoint],
+    out: str | Path,
+    *,
+    lengths: Sequence[int] = (256, 512, 1024, 2048, 4096),
+    depths: Sequence[float] = (0, 25, 50, 75, 100),
+    samples: int = 4,
+    needles: Sequence[Needle] | None = None,
+    haystack: str | None = None,
+    prompt: str | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Run:
+    """Score the heads of every checkpoint on one grid of needle-in-a-haystack cases.
+
+    Args:
+        checkpoints: folders of checkpoints (or of trajectories), or `Checkpoint`s.
+        out: the run folder; if it holds this very study, what is missing is done and nothing twice.
+        lengths: total lengths, tokens of prompt and answer together.
+        depths: places of the needle, percent of the context, 0..100.
+        samples: haystacks per needle (and needles, where they come from the organism's language).
+        needles: facts to hide; None draws them from the organism's language.
+        haystack: text to hide them in; None writes it in the organism's language.
+        prompt: template with `{context}` and `{question}`; None for the paper's form.
+        metrics: names out of `lccp_interp.scoring.metrics.METRICS`.
+        seed: of needles, haystacks and their order.
+        device: `auto`, `cpu`, `cuda`, ...; see `load_model`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`; see `load_model`.
+        progress: told (tokens done, tokens in all, message).
+
+    Returns:
+        The run, opened for reading.
+
+    Raises:
+        LccpError: any mistake of input; finished units stay and the same call resumes.
+
+    Example:
+        >>> run = score(bundled_trajectory(), "runs/mine", lengths=[256, 1024])          # doctest: +SKIP
+    """
+    from lccp_interp.tasks.niah import PAPER_PROMPT, NiahGrid
+
+    grid = NiahGrid(
+        lengths=tuple(lengths),
+        depths=tuple(depths),
+        samples=samples,
+        needles=None if needles is None else tuple(needles),
+        haystack=haystack,
+        prompt=PAPER_PROMPT if prompt is None else prompt,
+        seed=seed,
+    )
+    return score_grid(_resolve(checkpoints), out, grid, metrics=metrics, device=device, dtype=dtype, progress=progress)
+
+
+def score_grid(
+    checkpoints: Sequence[Checkpoint],
+    out: str | Path,
+    grid: NiahGrid,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Run:
+    """`score` for a grid that is built already; same rules, same errors."""
+    from lccp_interp.capture.model import load_model, load_tokenizer
+    from lccp_interp.scoring.engine import score_cases
+    from lccp_interp.scoring.metrics import select_metrics
+    from lccp_interp.tasks.niah import build_cases
+
+    chosen = select_metrics(metrics)
+    report = progress or (lambda done, total, message: None)
+    tokenizer_id = _common_tokenizer(checkpoints)
+    report(0, 0, "building cases")
+    cases = build_cases(grid, load_tokenizer(checkpoints[0].path))
+    config = {
+        **grid.config(),
+        "mode": MODE,
+        "metrics": list(chosen),
+        "backend": "transformers",
+        "dtype": dtype,
+        "tokenizer": tokenizer_id,
+        "cases_per_shard": CASES_PER_SHARD,
+    }
+    writer = RunWriter(out, config, cases)
+    writer.add_checkpoints(checkpoints)
+    answers = {case.case_id: case.answer_ids for case in cases}
+    shards = [cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases), CASES_PER_SHARD)]
+    units = [_Unit(checkpoint, index, shard) for checkpoint in checkpoints for index, shard in enumerate(shards)]
+    total = sum(unit.n_tokens for unit in units)
+    done = sum(unit.n_tokens for unit in units if writer.is_done(unit.checkpoint.name, unit.shard))
+    report(done, total, "resuming" if done else "starting")
+    for checkpoint in checkpoints:
+        open_units = [u for u in units if u.checkpoint is checkpoint and not writer.is_done(checkpoint.name, u.shard)]
+        if not open_units:
+            continue
+        report(done, total, checkpoint.name)
+        model = load_model(checkpoint.path, device=device, dtype=dtype)
+        for unit in open_units:
+
+            def advance(n_tokens: int, name: str = checkpoint.name) -> None:
+                nonlocal done
+                done += n_tokens
+                report(done, total, name)
+
+            results = score_cases(model, unit.cases, chosen, on_tokens=advance)
+            scores, outcomes = result_frames(checkpoint, MODE, results, answers)
+            writer.append(checkpoint.name, unit.shard, scores=scores, outcomes=outcomes)
+    report(total, total, "done")
+    return Run.open(out)
+
+
+def _resolve(checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkpoint]) -> list[Checkpoint]:
+    given = [checkpoints] if isinstance(checkpoints, (str, Path, Checkpoint)) else list(checkpoints)
+    ready = [item for item in given if isinstance(item, Checkpoint)]
+    if ready and len(ready) < len(given):
+        raise LccpError("give either Checkpoint objects or paths, not both")
+    return sorted(ready, key=lambda c: c.tokens_seen) if ready else find_checkpoints(list(map(str, given)))
+
+
+def _common_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
+    """Hash of the tokenizer that all checkpoints share; spans hold for one tokenizer only."""
+    hashes = {checkpoint.name: tokenizer_hash(checkpoint.path) for checkpoint in checkpoints}
+    first, *rest = hashes
+    for name in rest:
+        if hashes[name] != hashes[first]:
+            raise LccpError(
+                f"checkpoints {first!r} and {name!r} have different tokenizers; score them into two run folders, "
+                "or copy one tokenizer into both if only the files differ"
+            )
+    return hashes[first]

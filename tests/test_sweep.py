@@ -1,0 +1,135 @@
+"""The sweep from folders to a run: resumed equals undisturbed, sharding does not matter, nothing is done twice."""
+
+from __future__ import annotations
+
+import pytest
+
+import lccp_interp
+from lccp_interp import sweep
+from lccp_interp.checkpoints import find_checkpoints
+from lccp_interp.schema import LccpError, Needle
+from lccp_interp.store import Run
+from lccp_interp.sweep import score
+
+GRID = {"lengths": [128, 192], "depths": [0, 50, 100], "samples": 2}
+
+
+def tables(path):
+    run = Run.open(path)
+    return run.scores.collect().sort("checkpoint", "case_id", "metric", "layer", "head"), run.outcomes.collect().sort(
+        "checkpoint", "case_id"
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trajectory, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "undisturbed"
+    score(trajectory, out, **GRID)
+    return out
+
+
+def test_every_case_of_every_checkpoint_is_scored(undisturbed):
+    run = Run.open(undisturbed)
+    scores, outcomes = tables(undisturbed)
+    assert run.cases.height == 2 * 3 * 2
+    assert outcomes.height == 3 * 12
+    assert scores.height == 3 * 12 * 4 * 3 * 4  # checkpoints x cases x metrics x layers x heads
+    assert scores["value"].is_between(0, 1).all()
+    assert outcomes["answer_ppl"].is_finite().all()
+    assert run.checkpoints["stage"].to_list() == ["pretrain", "lccp", "lccp"]
+    assert all(case["length"] == len(case["prompt_ids"]) + len(case["answer_ids"]) for case in run.cases.to_dicts())
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 300, 1500, 4000])
+def test_interrupted_and_resumed_equals_undisturbed(trajectory, undisturbed, tmp_path, monkeypatch, after):
+    def interrupt(done, total, message):
+        if done > after:
+            raise Stop
+
+    monkeypatch.setattr(sweep, "CASES_PER_SHARD", 5)
+    small_shards = tmp_path / "resumed"
+    with pytest.raises(Stop):
+        score(trajectory, small_shards, **GRID, progress=interrupt)
+    score(trajectory, small_shards, **GRID)
+    whole = tmp_path / "whole"
+    score(trajectory, whole, **GRID)
+    for part in sorted(whole.rglob("*.parquet")):
+        assert part.read_bytes() == (small_shards / part.relative_to(whole)).read_bytes(), part.name
+
+
+def test_sharding_does_not_matter(trajectory, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "CASES_PER_SHARD", 5)
+    score(trajectory, tmp_path / "run", **GRID)
+    for sharded, whole in zip(tables(tmp_path / "run"), tables(undisturbed), strict=True):
+        keys = [name for name, dtype in whole.schema.items() if not dtype.is_float() and not dtype.is_nested()]
+        assert sharded.select(keys).equals(whole.select(keys))
+        for name in set(whole.columns) & {"value", "answer_ppl"}:
+            assert (sharded[name] - whole[name]).abs().max() < 1e-4
+
+
+def test_a_finished_run_loads_no_model(trajectory, undisturbed, monkeypatch):
+    monkeypatch.setattr("lccp_interp.capture.model.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    score(trajectory, undisturbed, **GRID)
+
+
+def test_checkpoints_can_be_added_later(trajectory, undisturbed, tmp_path):
+    found = find_checkpoints([trajectory])
+    score(found[:1], tmp_path / "run", **GRID)
+    score(found, tmp_path / "run", **GRID)
+    for grown, whole in zip(tables(tmp_path / "run"), tables(undisturbed), strict=True):
+        assert grown.equals(whole)
+
+
+def test_progress_reaches_the_total(trajectory, tmp_path):
+    seen = []
+    score(trajectory, tmp_path / "run", **GRID, progress=lambda *report: seen.append(report))
+    total = 3 * 6 * (128 + 192)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1][:2] == (total, total)
+
+
+def test_own_needles_and_haystack(checkpoint, tmp_path):
+    needle = Needle("The sky over Mara is green.", "What is the sky over Mara?", "green.")
+    run = score(checkpoint, tmp_path / "run", lengths=[200], depths=[50], needles=[needle], haystack="It rained. " * 90)
+    assert run.cases["needle_id"].unique().to_list() == ["n0"]
+    assert run.config["needles"] != "organism"
+
+
+def test_another_grid_in_the_same_folder_is_refused(trajectory, undisturbed):
+    with pytest.raises(LccpError, match="holds another study: depths differ"):
+        score(trajectory, undisturbed, **{**GRID, "depths": [0]})
+
+
+def test_different_tokenizers_are_refused(make_checkpoint, tmp_path):
+    for index in (1, 2):
+        folder = make_checkpoint(f"tokens-{index}M", root=tmp_path)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    with pytest.raises(LccpError, match="'tokens-1M' and 'tokens-2M' have different tokenizers"):
+        score(tmp_path, tmp_path / "run", **GRID)
+
+
+def test_a_failing_checkpoint_leaves_the_others_done(trajectory, tmp_path, monkeypatch):
+    from lccp_interp.capture import model as capture
+
+    real = capture.load_model
+
+    def load(path, **options):
+        if path.name == "lccp-2":
+            raise LccpError("checkpoint lccp-2 cannot be loaded")
+        return real(path, **options)
+
+    monkeypatch.setattr(capture, "load_model", load)
+    with pytest.raises(LccpError, match="lccp-2"):
+        score(trajectory, tmp_path / "run", **GRID)
+    assert set(tables(tmp_path / "run")[0]["checkpoint"]) == {"pretrain-0", "lccp-1"}
+
+
+def test_public_names_are_there():
+    for name in lccp_interp.__all__:
+        assert getattr(lccp_interp, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'scoer'"):
+        _ = lccp_interp.scoer
