@@ -63,7 +63,7 @@ def score(
         out: the run folder; if it holds this very study, what is missing is done and nothing twice.
         lengths: total lengths, tokens of prompt and answer together.
         depths: places of the needle, percent of the context, 0..100.
-        samples: haystacks per needle (and needles, where they come from the organism's language).
+        samples: haystacks per needle; in the organism's language, needles and haystacks per length and depth.
         needles: facts to hide; None draws them from the organism's language.
         haystack: text to hide them in; None writes it in the organism's language.
         prompt: template with `{context}` and `{question}`; None for the paper's form.

@@ -1,9 +1,10 @@
 """Continuous needle-in-a-haystack: one fact hidden in long text, then the question, then the answer to be scored.
 
 The prompt has the form of arXiv 2604.02650,
-`[context before]\n{needle}\n[context after]\nQuestion: {question}\nAnswer:` followed by the answer, over a grid of total length x depth x needle x sample. Prompt and answer together are exactly
-`length` tokens of the checkpoint's own tokenizer, and the spans of needle and source are placed by construction and
-proved by decoding them; nothing is searched for afterwards.
+`[context before]\\n{needle}\\n[context after]\\nQuestion: {question}\\nAnswer:`, followed by the answer, over a grid of
+total length x depth x needle x sample. Prompt and answer together are exactly `length` tokens of the checkpoint's own
+tokenizer, and the spans of needle and source are placed by construction and proved by decoding them; nothing is
+searched for afterwards.
 
 This module knows text and tokenizers; it refuses to know models and scores. Cost: one pass of the tokenizer over each
 haystack, then list joining.
@@ -12,10 +13,10 @@ haystack, then list joining.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ class NiahGrid:
     Attributes:
         lengths: total lengths, tokens of prompt and answer together.
         depths: places of the needle, percent of the context (0 = in front, 100 = right before the question).
-        samples: haystacks per needle. With the organism's language (no `needles`) each sample has a needle of its own.
+        samples: haystacks per needle. With the organism's language (no `needles`) each sample and depth has a needle
+            and a haystack of its own.
         needles: facts of the user, or None for facts in the organism's language.
         haystack: text to hide them in, or None for text in the organism's language.
         prompt: template with `{context}` and `{question}`; the answer follows it.
@@ -147,40 +149,71 @@ def build_cases(grid: NiahGrid, tokenizer: PreTrainedTokenizerBase) -> list[Case
 
 
 def _cases(grid: NiahGrid, encoder: PieceEncoder) -> Iterator[Case]:
-    longest = max(grid.lengths)
-    seeds = [_derived_seed(grid.seed, sample) for sample in range(grid.samples)]
-    user_haystack = None if grid.haystack is None else Haystack(grid.haystack, encoder)
-    starts = [0] * grid.samples if user_haystack is None else pick_starts(user_haystack, longest, grid.samples, seeds)
+    material = _Material(grid, encoder)
+    indices: Sequence[int | None] = [None] if grid.needles is None else range(len(grid.needles))
+    for length, sample, index, depth in itertools.product(grid.lengths, range(grid.samples), indices, grid.depths):
+        name, fact = material.fact(sample, index, depth)
+        haystack, start = material.haystack(sample, depth)
+        prompt_ids, needle_span, source_span = fact.place(length, depth / 100, haystack, start)
+        yield Case(
+            case_id=f"niah-{length}-d{depth:g}-{name}-{sample}",
+            task="niah",
+            length=length,
+            depth_fraction=depth / 100,
+            needle_id=name,
+            haystack_id=f"{haystack.haystack_id}@{start}",
+            sample=sample,
+            seed=grid.seed,
+            prompt_ids=tuple(prompt_ids),
+            answer_ids=tuple(fact.answer),
+            needle=needle_span,
+            source=source_span,
+        )
 
-    @cache
-    def material(sample: int) -> tuple[list[tuple[str, _Fact]], Haystack]:
-        if grid.needles is None:
-            needles = [(f"s{sample}", language.needles(1, seed=seeds[sample])[0])]
-        else:
-            needles = [(f"n{index}", needle) for index, needle in enumerate(grid.needles)]
-        haystack = user_haystack or _organism_haystack(longest, seeds[sample], [n for _, n in needles], encoder)
-        return [(name, _Fact(name, needle, grid.prompt, encoder)) for name, needle in needles], haystack
 
-    for length in grid.lengths:
-        for sample in range(grid.samples):
-            facts, haystack = material(sample)
-            for name, fact in facts:
-                for depth in grid.depths:
-                    prompt_ids, needle_span, source_span = fact.place(length, depth / 100, haystack, starts[sample])
-                    yield Case(
-                        case_id=f"niah-{length}-d{depth:g}-{name}-{sample}",
-                        task="niah",
-                        length=length,
-                        depth_fraction=depth / 100,
-                        needle_id=name,
-                        haystack_id=f"{haystack.haystack_id}@{starts[sample]}",
-                        sample=sample,
-                        seed=grid.seed,
-                        prompt_ids=tuple(prompt_ids),
-                        answer_ids=tuple(fact.answer),
-                        needle=needle_span,
-                        source=source_span,
-                    )
+class _Material:
+    """Needles and haystacks of a grid, each made once.
+
+    The user's needles and text are the same at every depth. In the organism's language they cost nothing, so every
+    sample and depth draws its own: independent draws say more about a head than the same few needles moved about.
+    """
+
+    def __init__(self, grid: NiahGrid, encoder: PieceEncoder) -> None:
+        self._grid, self._encoder = grid, encoder
+        self._longest = max(grid.lengths)
+        self._facts: dict[tuple[int, float] | int, tuple[str, _Fact]] = {}
+        self._haystacks: dict[tuple[int, float] | int, Haystack] = {}
+        self._own_text = None if grid.haystack is None else Haystack(grid.haystack, encoder)
+        seeds = [_derived_seed(grid.seed, sample) for sample in range(grid.samples)]
+        self._starts = (
+            [0] * grid.samples
+            if self._own_text is None
+            else pick_starts(self._own_text, self._longest, grid.samples, seeds)
+        )
+
+    def needles(self, sample: int, depth: float) -> tuple[Needle, ...]:
+        """The needles that may stand in the haystack of this sample and depth."""
+        if self._grid.needles is not None:
+            return self._grid.needles
+        return tuple(language.needles(1, seed=_derived_seed(self._grid.seed, sample, float(depth))))
+
+    def fact(self, sample: int, index: int | None, depth: float) -> tuple[str, _Fact]:
+        key = (sample, depth) if index is None else index
+        if key not in self._facts:
+            name = f"s{sample}d{depth:g}" if index is None else f"n{index}"
+            needle = self.needles(sample, depth)[index or 0]
+            self._facts[key] = name, _Fact(name, needle, self._grid.prompt, self._encoder)
+        return self._facts[key]
+
+    def haystack(self, sample: int, depth: float) -> tuple[Haystack, int]:
+        """The haystack and the sentence that it is read from."""
+        if self._own_text is not None:
+            return self._own_text, self._starts[sample]
+        key = (sample, float(depth)) if self._grid.needles is None else sample
+        if key not in self._haystacks:
+            seed = _derived_seed(self._grid.seed, *(key if isinstance(key, tuple) else (key,)))
+            self._haystacks[key] = _organism_haystack(self._longest, seed, self.needles(sample, depth), self._encoder)
+        return self._haystacks[key], 0
 
 
 @dataclass(frozen=True)
@@ -261,8 +294,8 @@ def _organism_haystack(n_tokens: int, seed: int, needles: Sequence[Needle], enco
         n_words *= 2
 
 
-def _derived_seed(seed: int, sample: int) -> int:
-    digest = hashlib.sha256(f"niah/{seed}/{sample}".encode()).digest()
+def _derived_seed(*parts: float) -> int:
+    digest = hashlib.sha256("/".join(["niah", *map(str, parts)]).encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
 
