@@ -53,9 +53,7 @@ def verify_folder(path: Path) -> None:
         )
     config = path / "config.json"
     if not config.is_file():
-        raise LccpError(
-            f"{path} is no checkpoint: it has no config.json; save the model with save_pretrained({path.name!r})"
-        )
+        raise LccpError(f"{path} is no checkpoint: it has no config.json; write one with model.save_pretrained(...)")
     try:
         model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
@@ -213,10 +211,13 @@ def _in_folder(path: Path, tokens: Mapping[str, int], tokens_per_step: int | Non
         return [_checkpoint(path, _listed(path), tokens, tokens_per_step)]
     table = path / "trajectory.json"
     if table.is_file():
-        return [_checkpoint(path / entry["path"], entry, tokens, tokens_per_step) for entry in _entries(table)]
+        return [_checkpoint(path / str(entry["path"]), entry, tokens, tokens_per_step) for entry in _entries(table)]
     folders = sorted(child for child in path.iterdir() if (child / "config.json").is_file())
     if not folders:
-        verify_folder(path)
+        raise LccpError(
+            f"{path} holds no checkpoint: no config.json in it nor in its folders; give checkpoint folders in Hugging "
+            "Face form, or a folder of them"
+        )
     return [_checkpoint(folder, None, tokens, tokens_per_step) for folder in folders]
 
 

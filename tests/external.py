@@ -1,4 +1,4 @@
-"""Where the optional outside data is: real tokenizers, essays, published head scores. Tests that use it skip without."""
+"""Where the optional outside data is: tokenizers, essays, published head scores. Tests that use it skip without it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from external import external
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lccp_interp.organism import language
 from lccp_interp.schema import LccpError, Needle, SpanError
@@ -244,3 +244,10 @@ def test_bundled_haystacks_do_not_give_the_answer_away(tokenizer):
 def test_the_bundled_language_is_a_function_of_its_seed():
     assert language.needles(3, seed=5) == language.needles(3, seed=5)
     assert language.needles(3, seed=5) != language.needles(3, seed=6)
+
+
+def test_span_law_on_a_slow_byte_tokenizer():
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    grid = NiahGrid(lengths=(600, 1500), depths=(0, 40, 100), needles=NEEDLES, haystack=TEXT)
+    check_spans(build_cases(grid, tokenizer), NEEDLES, tokenizer)

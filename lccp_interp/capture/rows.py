@@ -55,7 +55,7 @@ def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | No
             f"{type(module).__name__} ({home.__name__}) has no eager_attention_forward: its attention weights cannot "
             "be captured; use an architecture that transformers routes through its AttentionInterface"
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _rows_mask(mask: Tensor | None, rows: Tensor, query: Tensor, key: Tensor) -> Tensor:
