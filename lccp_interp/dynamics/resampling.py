@@ -1,0 +1,162 @@
+"""Bootstrap intervals for means over cases, clustered by needle and haystack.
+
+Cases that share a needle and a haystack are not independent, so resamples draw whole clusters (pairs of needle and
+haystack) with replacement. One set of resamples serves every head, checkpoint and metric of a call: differences
+between two of them are then paired. A resample is a row of integer weights over cases, and all resampled means are
+one matrix product. This module knows arrays; it refuses to know runs and tables. Cost: `n_boot x cases x columns`
+multiplications, in blocks of columns so that memory stays bounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lccp_interp.schema import LccpError
+
+MIN_CLUSTERS = 3
+"""With fewer clusters than this, resampling them says nothing; single cases are resampled instead."""
+
+BLOCK_COLUMNS = 2048
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Weights `[resample, case]` of a bootstrap, and what was drawn.
+
+    `ci_over` is `"clusters"` or `"cases"`, `n_units` how many of them there are, `confidence` the level of the
+    percentile intervals taken from these resamples.
+    """
+
+    weights: NDArray[np.float64]
+    ci_over: str
+    n_units: int
+    confidence: float
+
+
+def check_bootstrap(confidence: float, n_boot: int) -> None:
+    """Refuse a confidence outside (0, 1) and fewer than 1 resample."""
+    if not 0 < confidence < 1:
+        raise LccpError(f"confidence must lie between 0 and 1, got {confidence}; the usual one is 0.95")
+    if n_boot < 1:
+        raise LccpError(f"n_boot must be at least 1, got {n_boot}; the usual number is 1000")
+
+
+def draw_resamples(
+    clusters: NDArray[np.int64], *, n_boot: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> Resamples:
+    """Draw bootstrap weights over cases, whole clusters at a time.
+
+    With G clusters a resample draws G of them with replacement; a case weighs as often as its cluster was drawn.
+    With fewer than `MIN_CLUSTERS` clusters, cases are drawn instead and `ci_over` says so.
+
+    Args:
+        clusters: cluster number of each case, shape `[case]`, integers 0..G-1.
+        n_boot: number of resamples.
+        seed: of the draw.
+        confidence: level of the intervals to be taken, in (0, 1).
+
+    Raises:
+        LccpError: `confidence` or `n_boot` out of range.
+
+    Example:
+        >>> resamples = draw_resamples(np.array([0, 0, 1, 2]), n_boot=5)
+        >>> resamples.weights.shape, resamples.ci_over, resamples.n_units
+        ((5, 4), 'clusters', 3)
+        >>> bool((resamples.weights[:, 0] == resamples.weights[:, 1]).all())
+        True
+    """
+    check_bootstrap(confidence, n_boot)
+    n_units = int(clusters.max()) + 1 if clusters.size else 0
+    ci_over = "clusters"
+    if n_units < MIN_CLUSTERS:
+        clusters, n_units, ci_over = np.arange(clusters.size), clusters.size, "cases"
+    if n_units == 0:
+        return Resamples(np.zeros((n_boot, 0)), ci_over, 0, confidence)
+    counts = np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=n_boot)
+    return Resamples(counts[:, clusters].astype(np.float64), ci_over, n_units, confidence)
+
+
+def mean_defined(values: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Mean over the first axis of the values that are not NaN, and how many they are; NaN where there is none.
+
+    Example:
+        >>> mean_defined(np.array([[1.0, np.nan], [3.0, np.nan]]))
+        (array([ 2., nan]), array([2, 0]))
+    """
+    defined = ~np.isnan(values)
+    n = defined.sum(axis=0)
+    total = np.where(defined, values, 0).sum(axis=0, dtype=np.float64)
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan), n
+
+
+def resampled_means(values: NDArray[np.floating], resamples: Resamples) -> NDArray[np.float64]:
+    """Mean of every column in every resample, NaN values left out.
+
+    Args:
+        values: `[case, column]`.
+        resamples: weights over the same cases.
+
+    Returns:
+        `[resample, column]`; NaN where a resample holds no defined value of the column.
+    """
+    defined = ~np.isnan(values)
+    total = resamples.weights @ np.where(defined, values, 0).astype(np.float64)
+    if defined.all():
+        return total / resamples.weights.sum(axis=1, keepdims=True)
+    weight = resamples.weights @ defined.astype(np.float64)
+    return np.where(weight > 0, total / np.where(weight > 0, weight, 1), np.nan)
+
+
+def percentile_interval(
+    draws: NDArray[np.float64], confidence: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Central percentile interval of every column of `draws` `[resample, column]`; NaN draws are left out.
+
+    Example:
+        >>> low, high = percentile_interval(np.arange(101.0)[:, None], 0.9)
+        >>> round(float(low[0])), round(float(high[0]))
+        (5, 95)
+    """
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    bounds = np.full((2, draws.shape[1]), np.nan)
+    undefined = np.isnan(draws)
+    whole = ~undefined.any(axis=0)
+    bounds[:, whole] = np.quantile(draws[:, whole], tails, axis=0)
+    for column in np.flatnonzero(~whole & ~undefined.all(axis=0)):
+        bounds[:, column] = np.quantile(draws[~undefined[:, column], column], tails)
+    return bounds[0], bounds[1]
+
+
+def bootstrap_means(
+    values: NDArray[np.floating], resamples: Resamples
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Mean, percentile interval and number of defined values of every column.
+
+    With fewer than two units to resample the interval is NaN: one case says nothing about its own spread.
+
+    Args:
+        values: `[case, column]`, NaN where undefined.
+        resamples: weights over the same cases.
+
+    Returns:
+        mean, low, high, n, each `[column]`.
+
+    Example:
+        >>> resamples = draw_resamples(np.arange(4), n_boot=200)
+        >>> mean, low, high, n = bootstrap_means(np.array([[0.0], [1.0], [0.0], [1.0]]), resamples)
+        >>> float(mean[0]), bool(low[0] < 0.5 < high[0]), int(n[0])
+        (0.5, True, 4)
+    """
+    mean, n = mean_defined(values)
+    low = np.full(values.shape[1], np.nan)
+    high = low.copy()
+    if resamples.n_units >= 2:
+        for start in range(0, values.shape[1], BLOCK_COLUMNS):
+            block = slice(start, start + BLOCK_COLUMNS)
+            low[block], high[block] = percentile_interval(
+                resampled_means(values[:, block], resamples), resamples.confidence
+            )
+    return mean, low, high, n

@@ -1,0 +1,170 @@
+"""Which part of a run a question is about: its checkpoints in order, one length, one metric, one mode.
+
+Everything over time is read at ONE length: pooling lengths mixes easy and hard cases whose proportions differ between
+runs, and shows deaths that never happened. This module reads tables lazily and hands out dense arrays; it refuses to
+know statistics and pictures. Cost: one filtered scan of the score parts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from lccp_interp.schema import LccpError
+from lccp_interp.store import Run
+
+NIAH_TASK = "niah"
+DEFAULT_MODE = "teacher_forced"
+
+
+def choose(what: str, got: str, known: Sequence[str], where: str) -> str:
+    """Return `got` if it is one of `known`, else raise an error that lists them and suggests the nearest.
+
+    Example:
+        >>> choose("metric", "retrieval", ["retrieval", "wu"], "runs/demo")
+        'retrieval'
+    """
+    if got in known:
+        return got
+    nearest = difflib.get_close_matches(got, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise LccpError(f"unknown {what} {got!r} in {where}: known are {', '.join(known) or 'none'}{hint}")
+
+
+def base_checkpoint(checkpoints: pl.DataFrame) -> str:
+    """Name of the base checkpoint: the last before the last stage, or the first where there is one stage only.
+
+    It is the study's "0B" (arXiv 2604.02650): the model as it enters long-context continual pre-training.
+
+    Args:
+        checkpoints: columns `checkpoint` (or `name`), `tokens_seen`, `stage`; repeated rows do no harm.
+
+    Raises:
+        LccpError: the table has no rows.
+
+    Example:
+        >>> base_checkpoint(pl.DataFrame({
+        ...     "checkpoint": ["a", "b", "c"], "tokens_seen": [1, 2, 3], "stage": ["pretrain", "pretrain", "lccp"]}))
+        'b'
+    """
+    if checkpoints.is_empty():
+        raise LccpError("no checkpoints: the table is empty; score at least one checkpoint")
+    name = "checkpoint" if "checkpoint" in checkpoints.columns else "name"
+    ordered = checkpoints.select(name, "tokens_seen", "stage").unique().sort("tokens_seen", name)
+    earlier = ordered.filter(pl.col("stage") != ordered["stage"][-1])
+    return str(earlier[name][-1] if earlier.height else ordered[name][0])
+
+
+def niah_cases(run: Run) -> pl.DataFrame:
+    """The needle-in-a-haystack cases of `run`, without their tokens, sorted by case id.
+
+    The column `cluster` numbers the pairs of needle and haystack.
+
+    Raises:
+        LccpError: the run has none.
+    """
+    cases = run.cases.filter(pl.col("task") == NIAH_TASK).drop("prompt_ids", "answer_ids").sort("case_id")
+    if cases.is_empty():
+        tasks = ", ".join(sorted(run.cases["task"].unique())) or "none"
+        raise LccpError(f"run {run.path} has no cases of task {NIAH_TASK!r} (it has: {tasks}); score with --task niah")
+    pairs = cases.select("needle_id", "haystack_id").unique().sort("needle_id", "haystack_id").with_row_index("cluster")
+    return cases.join(pairs, on=["needle_id", "haystack_id"], how="left", maintain_order="left")
+
+
+def choose_length(run: Run, length: int | None) -> int:
+    """`length` if the run has cases of it, its longest length for None.
+
+    Raises:
+        LccpError: unknown length; the known ones are listed.
+    """
+    known = sorted(niah_cases(run)["length"].unique().to_list())
+    if length is None:
+        return int(known[-1])
+    if length not in known:
+        raise LccpError(
+            f"run {run.path} has no cases of {length} tokens; it has {', '.join(map(str, known))}; "
+            "choose one of them or score that length"
+        )
+    return length
+
+
+def choose_mode(run: Run, mode: str) -> str:
+    """`mode` if the run holds outcomes of it, else an LccpError that lists the known modes."""
+    known = run.outcomes.select(pl.col("mode").unique()).collect()["mode"].sort().to_list()
+    return choose("mode", mode, known, str(run.path))
+
+
+def scored_checkpoints(run: Run, mode: str) -> pl.DataFrame:
+    """Columns checkpoint, tokens_seen, stage of the checkpoints that hold outcomes in `mode`, in order of tokens.
+
+    Checkpoints that are entered in the run but not scored yet are left out.
+    """
+    done = run.outcomes.filter(pl.col("mode") == mode).select(pl.col("checkpoint").unique()).collect()["checkpoint"]
+    listed = run.checkpoints.select(pl.col("name").alias("checkpoint"), "tokens_seen", "stage")
+    return listed.filter(pl.col("checkpoint").is_in(done.implode())).sort("tokens_seen", "checkpoint")
+
+
+@dataclass(frozen=True)
+class HeadValues:
+    """Per-case values of one metric at one length, as a dense array.
+
+    `values` is `[checkpoint, case, head]` (NaN where undefined or not scored yet), `checkpoints` a table with columns
+    checkpoint, tokens_seen, stage in the order of the first axis, `heads` an array `[head, 2]` of (layer, head) in the
+    order of the last, `clusters` the cluster number of each case.
+    """
+
+    metric: str
+    length: int
+    mode: str
+    checkpoints: pl.DataFrame
+    heads: NDArray[np.int64]
+    clusters: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+def head_values(
+    run: Run, *, metric: str = "retrieval", length: int | None = None, mode: str = DEFAULT_MODE
+) -> HeadValues:
+    """Read the values of every head in every case of one length.
+
+    Args:
+        run: an opened run.
+        metric: one of the run's metrics.
+        length: total length of the cases in tokens; None means the longest of the run.
+        mode: `teacher_forced` or another mode that the run holds.
+
+    Raises:
+        LccpError: unknown metric, length or mode (the known ones are listed), or nothing scored at that length.
+    """
+    known = run.scores.select(pl.col("metric").unique()).collect()["metric"].sort().to_list()
+    metric = choose("metric", metric, known, str(run.path))
+    mode = choose_mode(run, mode)
+    length = choose_length(run, length)
+    cases = niah_cases(run).filter(pl.col("length") == length)
+    long = (
+        run.scores.filter(
+            pl.col("metric") == metric, pl.col("mode") == mode, pl.col("case_id").is_in(cases["case_id"].implode())
+        )
+        .select("checkpoint", "case_id", "layer", "head", "value")
+        .collect()
+    )
+    if long.is_empty():
+        raise LccpError(f"run {run.path} has no {metric} scores at {length} tokens in mode {mode} yet; finish scoring")
+    checkpoints = run.checkpoints.select(pl.col("name").alias("checkpoint"), "tokens_seen", "stage").filter(
+        pl.col("checkpoint").is_in(long["checkpoint"].unique().implode())
+    )
+    heads = long.select("layer", "head").unique().sort("layer", "head")
+    indexed = (
+        long.join(checkpoints.select("checkpoint").with_row_index("i"), on="checkpoint")
+        .join(cases.select("case_id").with_row_index("j"), on="case_id")
+        .join(heads.with_row_index("k"), on=["layer", "head"])
+    )
+    values = np.full((checkpoints.height, cases.height, heads.height), np.nan, np.float32)
+    values[indexed["i"].to_numpy(), indexed["j"].to_numpy(), indexed["k"].to_numpy()] = indexed["value"].to_numpy()
+    clusters = np.unique(cases["cluster"].to_numpy(), return_inverse=True)[1]
+    return HeadValues(metric, length, mode, checkpoints, heads.to_numpy().astype(np.int64), clusters, values)

@@ -1,0 +1,112 @@
+"""Every table that figures and report draw from, computed once per run, length, metric and mode.
+
+A cache with names, so that six figures and a report do not scan and resample the run six times. It holds no
+statistics of its own. Cost: each table is computed on first use and kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import polars as pl
+
+from lccp_interp.dynamics.births import events, lives
+from lccp_interp.dynamics.heads import HeadSample, census, head_sample, stability
+from lccp_interp.dynamics.outcomes import outcome_table
+from lccp_interp.dynamics.selection import DEFAULT_MODE, base_checkpoint, choose_length, niah_cases
+from lccp_interp.store import Run
+
+
+@dataclass(frozen=True)
+class RunTables:
+    """Tables of `run`; those of heads are read at one `length` (None: the longest) with one `metric`.
+
+    Example:
+        >>> tables = RunTables(Run.open("runs/demo"), length=1024)   # doctest: +SKIP
+        >>> tables.lives                                             # doctest: +SKIP
+    """
+
+    run: Run
+    length: int | None = None
+    metric: str = "retrieval"
+    mode: str = DEFAULT_MODE
+
+    @classmethod
+    def of(cls, run: Run | RunTables, *, length: int | None = None) -> RunTables:
+        """`run` itself if it is a `RunTables`, else its tables at `length`."""
+        return run if isinstance(run, RunTables) else cls(run, length)
+
+    def at(self, length: int) -> RunTables:
+        """The same run at another length."""
+        return RunTables(self.run, length, self.metric, self.mode)
+
+    @cached_property
+    def head_length(self) -> int:
+        """The length in tokens at which heads are read."""
+        return choose_length(self.run, self.length)
+
+    @cached_property
+    def cases(self) -> pl.DataFrame:
+        """The needle-in-a-haystack cases, without their tokens."""
+        return niah_cases(self.run)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """All lengths of the run, in tokens."""
+        return [int(length) for length in sorted(self.cases["length"].unique())]
+
+    @cached_property
+    def sample(self) -> HeadSample:
+        """Per-case values and resamples behind `scores`."""
+        return head_sample(self.run, metric=self.metric, length=self.head_length, mode=self.mode)
+
+    @cached_property
+    def scores(self) -> pl.DataFrame:
+        """`score_table`."""
+        return self.sample.table()
+
+    @cached_property
+    def census(self) -> pl.DataFrame:
+        """`census` with intervals."""
+        return census(self.scores, sample=self.sample)
+
+    @cached_property
+    def stability(self) -> pl.DataFrame:
+        """`stability` at the default number of top heads."""
+        return stability(self.scores)
+
+    @cached_property
+    def lives(self) -> pl.DataFrame:
+        """`lives` by the default rule."""
+        return lives(self.scores)
+
+    @cached_property
+    def events(self) -> pl.DataFrame:
+        """`events` by the default rule."""
+        return events(self.scores)
+
+    @cached_property
+    def by_length(self) -> pl.DataFrame:
+        """`outcome_table` per length."""
+        return outcome_table(self.run, by=("length",), mode=self.mode)
+
+    @cached_property
+    def by_depth(self) -> pl.DataFrame:
+        """`outcome_table` per length and depth."""
+        return outcome_table(self.run, by=("length", "depth_fraction"), mode=self.mode)
+
+    @cached_property
+    def checkpoints(self) -> pl.DataFrame:
+        """Columns checkpoint, tokens_seen, stage of the scored checkpoints, in order of tokens."""
+        return self.by_length.select("checkpoint", "tokens_seen", "stage").unique().sort("tokens_seen", "checkpoint")
+
+    @cached_property
+    def scored(self) -> pl.DataFrame:
+        """Those of `checkpoints` that hold head scores at this length, in order of tokens."""
+        return self.sample.values.checkpoints
+
+    @cached_property
+    def base(self) -> str:
+        """Name of the base checkpoint."""
+        return base_checkpoint(self.checkpoints)
