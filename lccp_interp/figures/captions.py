@@ -1,0 +1,118 @@
+"""What stands under a figure: what is drawn, of how many cases, at which lengths, in which mode and metric."""
+
+from __future__ import annotations
+
+from lccp_interp.dynamics.selection import choose
+from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.figures.life_rows import life_rows
+from lccp_interp.figures.style import format_length
+from lccp_interp.schema import RETRIEVAL_THRESHOLD
+from lccp_interp.store import Run
+
+PPL_SCALE = "The perplexity scale is logarithmic in the loss (ln PPL), so that changes close to 1 can be seen."
+MODE_NAMES = {"teacher_forced": "teacher-forced", "generate": "greedy generation"}
+
+
+def caption(name: str, run: Run | RunTables, *, length: int | None = None) -> str:
+    """The caption of figure `name`.
+
+    Raises:
+        LccpError: unknown figure.
+
+    Example:
+        >>> caption("head_heatmaps", Run.open("runs/demo"))[:23]   # doctest: +SKIP
+        'Scores of all 32 heads '
+    """
+    tables = RunTables.of(run, length=length)
+    choose("figure", name, tuple(_WRITERS), "the figures")
+    return " ".join(_WRITERS[name](tables).split())
+
+
+def _cases(tables: RunTables) -> str:
+    """How many cases stand behind the outcomes."""
+    cases = tables.cases
+    lengths = ", ".join(format_length(length) for length in tables.lengths)
+    n_needles = cases["cluster"].n_unique()
+    return (
+        f"{cases.height} cases per checkpoint: lengths {lengths} tokens, {cases['depth_fraction'].n_unique()} depths, "
+        f"{n_needles} pair{'s' * (n_needles != 1)} of needle and haystack; {_mode(tables)}."
+    )
+
+
+def _mode(tables: RunTables) -> str:
+    return MODE_NAMES.get(tables.mode, tables.mode)
+
+
+def _heads(tables: RunTables) -> str:
+    n = max(tables.scores["n"].to_list(), default=0)
+    return (
+        f"Metric {tables.metric} at {format_length(tables.head_length)} tokens (one length, not pooled), "
+        f"mean over {n} cases, {_mode(tables)}."
+    )
+
+
+def _interval(tables: RunTables) -> str:
+    resamples = tables.sample.resamples
+    what = "pairs of needle and haystack" if resamples.ci_over == "clusters" else "cases (fewer than 3 needle pairs)"
+    return f"Bands: {100 * resamples.confidence:g} % bootstrap intervals over {resamples.n_units} {what}."
+
+
+def _ppl_heatmaps(tables: RunTables) -> str:
+    return (
+        "Perplexity of the answer by context length and depth of the needle (0 % opens the document, 100 % stands "
+        f"right before the question), one panel per checkpoint, one scale of colours. {PPL_SCALE} {_cases(tables)} "
+        "A cell is the mean of its samples' perplexities."
+    )
+
+
+def _niah_trajectory(tables: RunTables) -> str:
+    return (
+        "Above, the percentage of needles copied without a fault (greedy); below, the perplexity of the answer; one "
+        f"line per context length. {PPL_SCALE} {_cases(tables)} {_interval(tables)}"
+    )
+
+
+def _head_heatmaps(tables: RunTables) -> str:
+    n_heads = tables.scores.select("layer", "head").n_unique()
+    return (
+        f"Scores of all {n_heads} heads, layers by heads, one panel per checkpoint; frames mark retrieval heads "
+        f"(score > {RETRIEVAL_THRESHOLD:g}). {_heads(tables)}"
+    )
+
+
+def _retrieval_heads(tables: RunTables) -> str:
+    n_initial = int(tables.census["n_initial"][0])
+    return (
+        f"Above, the number of retrieval heads (score > {RETRIEVAL_THRESHOLD:g}), split into initial heads (those of "
+        f"the base checkpoint {tables.base}) and others; below, the mean score of the {n_initial} initial heads. "
+        f"{_heads(tables)} {_interval(tables)}"
+    )
+
+
+def _depth_curves(tables: RunTables) -> str:
+    return (
+        "Perplexity of the answer against the depth of the needle, one panel per context length, one line per "
+        f"checkpoint. {PPL_SCALE} {_cases(tables)} {_interval(tables)}"
+    )
+
+
+def _head_lives(tables: RunTables) -> str:
+    rows, n_hidden = life_rows(tables)
+    hidden = f" {n_hidden} more heads with lower peaks are not drawn." if n_hidden else ""
+    return (
+        f"Lives of {len(rows)} heads, earliest birth first; the thickness of a "
+        "ribbon is the score, colour marks life, grey its absence. A head is born when its score stays above 0.1 for "
+        "two checkpoints and has visibly risen, and dies when it stays below 0.05 for two checkpoints and has visibly "
+        "fallen (intervals apart); hollow marks are provisional (only one checkpoint is left to tell)."
+        f"{hidden} {_heads(tables)}"
+    )
+
+
+_WRITERS = {
+    "ppl_heatmaps": _ppl_heatmaps,
+    "niah_trajectory": _niah_trajectory,
+    "head_heatmaps": _head_heatmaps,
+    "retrieval_heads": _retrieval_heads,
+    "depth_curves": _depth_curves,
+    "head_lives": _head_lives,
+}
