@@ -67,6 +67,7 @@ PLACES = _words("harbour market tower station chapel mill meadow village")
 ADVERBS = _words("slowly again early together late twice")
 PREPOSITIONS = _words("near behind under beyond")
 
+# A few of these are not used by any form below: they are there for the tasks built from this language.
 _FUNCTION_WORDS = _words(
     """The A In It For Tell Which What Who When Where Question Answer University Do On Later Nobody Please"""
 )
@@ -258,7 +259,7 @@ FRESH_WEIGHT = 0.0
 TEXT_WEIGHT = 0.3
 """Loss weight of ordinary text: the filler, the statements' own words, the questions."""
 TOKENS_PER_FACT = 100.0
-"""In training documents and haystacks alike, about one fact stands in so many tokens."""
+"""In haystacks, and in training documents unless told otherwise, about one fact stands in so many tokens."""
 COPY_WEIGHT = 1.0
 """Loss weight of tokens that stand earlier in the context and are asked for again: answers and quotations."""
 
@@ -345,16 +346,18 @@ def _finish(segments: Sequence[Segment], n_tokens: int) -> Document:
     return Document(pieces[-n_tokens:], weights[-n_tokens:])
 
 
-def question_document(rng: Random, n_tokens: int, *, first_weight: float = COPY_WEIGHT) -> Document:
+def question_document(
+    rng: Random, n_tokens: int, *, tokens_per_fact: float = TOKENS_PER_FACT, first_weight: float = COPY_WEIGHT
+) -> Document:
     """Facts in filler, then questions in the paper's form; about one fact per
-    :data:`TOKENS_PER_FACT` tokens, at least two.
+    ``tokens_per_fact`` tokens, at least two.
 
     ``first_weight`` is the loss weight of an answer's first token: the one that must be searched for by its question,
     where the others follow from the one before.
 
     A quarter of the documents asks once, as the evaluation does; the others ask about as much as fits in two fifths.
     """
-    n_facts = max(2, round(n_tokens / TOKENS_PER_FACT * rng.uniform(0.5, 1.5)))
+    n_facts = max(2, round(n_tokens / tokens_per_fact * rng.uniform(0.5, 1.5)))
     facts = draw_facts(rng, n_facts, taken=set())
     rng.shuffle(facts)
     room = 0 if rng.random() < 0.25 and n_tokens >= 128 else int(0.4 * n_tokens)
@@ -401,7 +404,12 @@ def story_document(rng: Random, n_tokens: int) -> Document:
 
 
 def draw_document(
-    rng: Random, n_tokens: int, *, shares: tuple[float, float, float], first_weight: float = COPY_WEIGHT
+    rng: Random,
+    n_tokens: int,
+    *,
+    shares: tuple[float, float, float],
+    tokens_per_fact: float = TOKENS_PER_FACT,
+    first_weight: float = COPY_WEIGHT,
 ) -> Document:
     """One training document of ``n_tokens`` tokens; ``shares`` weigh questions, repeats and stories.
 
@@ -410,7 +418,7 @@ def draw_document(
     """
     form = rng.choices(("questions", "repeats", "story"), weights=shares)[0]
     if form == "questions":
-        return question_document(rng, n_tokens, first_weight=first_weight)
+        return question_document(rng, n_tokens, tokens_per_fact=tokens_per_fact, first_weight=first_weight)
     return repeat_document(rng, n_tokens) if form == "repeats" else story_document(rng, n_tokens)
 
 
@@ -460,14 +468,10 @@ def haystack(
     n_tokens = 0
     recent: set[tuple[str, str]] = set(taken)
     while n_tokens < n_tokens_hint:
-        if rng.random() < 10.0 / fact_every:
-            facts = draw_facts(rng, 1, taken=recent)
-            if not facts:  # nearly every pair has been told: begin again, saying new things of old names
-                recent = set(taken)
-                continue
-            out.append(facts[0].statement)
-        else:
-            out.append(filler_sentence(rng))
+        facts = draw_facts(rng, 1, taken=recent) if rng.random() < 10.0 / fact_every else None
+        if facts == []:  # most pairs have been told: begin again, saying new things of old names
+            recent = set(taken)
+        out.append(facts[0].statement if facts else filler_sentence(rng))
         n_tokens += len(split_pieces(out[-1]))
     return " ".join(out)
 
