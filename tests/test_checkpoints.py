@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from lccp_interp.checkpoints import find_checkpoints, parse_count, verify_folder, weights_hash
+from lccp_interp.checkpoints import checkpoint_hash, find_checkpoints, parse_count, tokenizer_hash, verify_folder
 from lccp_interp.schema import LccpError
 
 
@@ -34,6 +34,9 @@ def test_a_single_folder_of_a_trajectory_keeps_its_tokens(trajectory):
         ("checkpoint-400", 1000, 400_000),
         ("step143000", 2_097_152, 143000 * 2_097_152),
         ("iter_0001000", 10, 10_000),
+        ("OLMo-2-7B-step1000-tokens5B", None, 5_000_000_000),
+        ("llama-7B-step100", 1000, 100_000),
+        ("run-1.5Btokens", None, 1_500_000_000),
     ],
 )
 def test_tokens_from_names(make_checkpoint, name, tokens_per_step, expected):
@@ -116,6 +119,69 @@ def test_a_broken_folder_says_what_is_wrong(checkpoint, tmp_path, change, messag
         verify_folder(broken(checkpoint, tmp_path, change))
 
 
-def test_hash_tells_weights_apart(make_checkpoint):
+def test_a_models_size_is_not_its_token_count(make_checkpoint, tmp_path):
+    for name in ("llama-7B-step100", "llama-7B-step200"):
+        make_checkpoint(name, root=tmp_path)
+    with pytest.raises(LccpError, match="cannot tell how many tokens"):
+        find_checkpoints([tmp_path])
+
+
+def test_hash_tells_weights_and_configs_apart(make_checkpoint):
     one, same, other = make_checkpoint(seed=3), make_checkpoint(seed=3), make_checkpoint(seed=4)
-    assert weights_hash(one) == weights_hash(same) != weights_hash(other)
+    assert checkpoint_hash(one) == checkpoint_hash(same) != checkpoint_hash(other)
+    config = json.loads((same / "config.json").read_text())
+    (same / "config.json").write_text(json.dumps({**config, "transformers_version": "0"}))
+    assert checkpoint_hash(one) == checkpoint_hash(same)
+    (same / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_theta": 2e6}}))
+    assert checkpoint_hash(one) != checkpoint_hash(same)
+
+
+def test_tokenizer_hash_sees_every_file(make_checkpoint):
+    folder = make_checkpoint("tokens-9M")
+    before = tokenizer_hash(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert tokenizer_hash(folder) != before
+
+
+def test_a_link_keeps_its_own_name(checkpoint, tmp_path):
+    link = tmp_path / "tokens-3M"
+    link.symlink_to(checkpoint)
+    assert find_checkpoints([link])[0].name == "tokens-3M"
+
+
+def test_the_same_folder_twice(checkpoint):
+    with pytest.raises(LccpError, match="is given twice"):
+        find_checkpoints([checkpoint, f"{checkpoint}/../{checkpoint.name}"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is no trajectory table: "),
+        ('{"checkpoints": []}', "lists no checkpoints"),
+        ('{"checkpoints": 3}', "is no trajectory table"),
+        ('{"checkpoints": [{"name": "a", "path": "a", "tokens_seen": true}]}', "True is no number of tokens"),
+        ('{"checkpoints": [{"name": "a", "path": "a", "tokens_seen": 1e999}]}', "inf is no number of tokens"),
+        ('{"checkpoints": [{"name": "a", "path": "a", "tokens_seen": 1, "stage_tokens": "1M"}]}', "'1M' is no number"),
+    ],
+)
+def test_a_broken_trajectory_table(tmp_path, content, message):
+    (tmp_path / "trajectory.json").write_text(content)
+    with pytest.raises(LccpError, match=message):
+        find_checkpoints([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors.index.json", "", "is no index of weight shards"),
+        ("model.safetensors.index.json", '{"weight_map": {"w": "../x"}}', "no plain file name"),
+        ("model.safetensors.index.json", '{"weight_map": {"w": "gone"}}', "lacks 1 of 1 weight shards: gone"),
+        ("trainer_state.json", "", "is no trainer state"),
+        ("config.json", "[]", "must be a JSON object with a model_type"),
+    ],
+)
+def test_broken_side_files(checkpoint, tmp_path, file, content, message):
+    folder = broken(checkpoint, tmp_path, lambda f: (f / file).write_text(content))
+    with pytest.raises(LccpError, match=message):
+        find_checkpoints([folder])
