@@ -23,6 +23,8 @@ import os
 import platform
 import re
 import subprocess
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -76,15 +78,22 @@ TABLES: dict[str, dict[str, Any]] = {"scores": SCORES_SCHEMA, "outcomes": OUTCOM
 PROVENANCE_PACKAGES = ("lccp_interp", "torch", "transformers", "tokenizers", "numpy", "polars", "safetensors")
 
 
+ORPHAN_AGE_S = 3600
+"""A temporary file older than this belongs to nobody who is still writing."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is fsynced and renamed onto `path`.
 
     A reader sees the old file or the new one, never a part of it. On an exception the temporary file is removed.
+
+    Raises:
+        LccpError: the file cannot be written (no room, no right, a folder of that name).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
@@ -94,8 +103,13 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(directory)
         finally:
             os.close(directory)
+    except OSError as error:
+        raise LccpError(
+            f"cannot write {path}: {error.strerror or error}; choose another place, or make room"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -122,7 +136,7 @@ def part_name(checkpoint: str, shard: int) -> str:
         'lccp-1.2M.0003.parquet'
     """
     slug = re.sub(r"[^A-Za-z0-9._-]", "_", checkpoint).lstrip(".")
-    if slug != checkpoint:
+    if slug != checkpoint or len(slug) > 100:
         slug = f"{slug[:80]}-{hashlib.sha256(checkpoint.encode()).hexdigest()[:8]}"
     return f"{slug}.{shard:04d}.parquet"
 
@@ -271,7 +285,11 @@ class Run:
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
             version = int(manifest["schema_version"])
-        except (ValueError, KeyError, TypeError) as error:
+            if version <= SCHEMA_VERSION and not (
+                isinstance(manifest["config"], dict) and isinstance(manifest["checkpoints"], list)
+            ):
+                raise TypeError("config must be an object and checkpoints a list")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise LccpError(
                 f"{manifest_path} cannot be read ({error!r}); restore it or score into a new folder"
             ) from error
@@ -327,14 +345,19 @@ class Run:
         return pl.scan_parquet(parts)
 
 
-def _check_magic(part: Path) -> None:
-    """A Parquet file begins and ends with PAR1; anything else was torn by something other than this module."""
+def is_whole(part: Path) -> bool:
+    """Whether a Parquet file begins and ends as one; what does not was torn by something other than this module."""
+    if not part.is_file() or part.stat().st_size < 8:
+        return False
     with open(part, "rb") as handle:
         head = handle.read(4)
-        handle.seek(-4, os.SEEK_END) if part.stat().st_size >= 8 else None
-        tail = handle.read(4)
-    if head != b"PAR1" or tail != b"PAR1":
-        raise LccpError(f"{part} is not a whole Parquet file; delete it and run the scoring command again to redo it")
+        handle.seek(-4, os.SEEK_END)
+        return head == handle.read(4) == b"PAR1"
+
+
+def _check_magic(part: Path) -> None:
+    if not is_whole(part):
+        raise LccpError(f"{part} is not a whole Parquet file; run the scoring command again, it redoes this part")
 
 
 def _read(path: Path) -> pl.DataFrame:
@@ -363,25 +386,31 @@ class RunWriter:
         if (self.path / "run.json").is_file():
             self.manifest = Run.open(self.path).manifest
             self._refuse_other_study(frame)
-            for table in TABLES:
-                for orphan in (self.path / table).glob(".*.tmp"):
-                    orphan.unlink(missing_ok=True)
+            self._remove_orphans()
             return
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "cases.parquet").is_file():
-            raise LccpError(f"{self.path} holds files but no run; choose an empty or new folder for --out")
-        try:
-            with replacing(self.path / "cases.parquet") as temporary:
-                frame.write_parquet(temporary)
-            self.manifest = {
-                "schema_version": SCHEMA_VERSION,
-                "config_hash": config_hash(self.config),
-                "config": self.config,
-                **provenance(),
-                "checkpoints": [],
-            }
-            write_json(self.path / "run.json", self.manifest)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise LccpError(f"cannot write to {self.path}: {error.strerror or error}; choose another --out") from error
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise LccpError(f"{self.path} holds files but no run.json; choose an empty or new folder for --out")
+        self.manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "config_hash": config_hash(self.config),
+            "config": self.config,
+            **provenance(),
+            "checkpoints": [],
+        }
+        # run.json first: without it a folder is no run, and nothing else in it would be believed.
+        write_json(self.path / "run.json", self.manifest)
+        self._write_cases(frame)
+
+    def _write_cases(self, frame: pl.DataFrame) -> None:
+        with replacing(self.path / "cases.parquet") as temporary:
+            frame.write_parquet(temporary)
+
+    def _remove_orphans(self) -> None:
+        """Remove what a killed writer left; a young file may belong to one that is still at work."""
+        for orphan in self.path.rglob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
+                    orphan.unlink()
 
     def _refuse_other_study(self, frame: pl.DataFrame) -> None:
         old = self.manifest["config"]
@@ -393,23 +422,37 @@ class RunWriter:
                 f"({key}: there {_short(old.get(key))}, asked {_short(self.config.get(key))}); "
                 "choose another --out, or repeat the options it was made with"
             )
-        if not Run(self.path, self.manifest).cases.equals(frame):
+        if not is_whole(self.path / "cases.parquet"):
+            # Killed between run.json and the cases, which follow from the config.
+            self._write_cases(frame)
+        elif not Run(self.path, self.manifest).cases.equals(frame):
             raise LccpError(
                 f"{self.path} holds other cases under the same options (another version of lccp_interp wrote it?); "
                 "choose another --out"
             )
 
     def add_checkpoints(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Enter `checkpoints` in run.json; a name that is there with other weights is refused."""
+        """Enter `checkpoints` in run.json.
+
+        Raises:
+            LccpError: a name that is there with other weights, config or tokens, or a token count that another has.
+        """
+        self.manifest = Run.open(self.path).manifest  # another writer may have added to it
         known = {entry["name"]: entry for entry in self.manifest["checkpoints"]}
         for checkpoint in checkpoints:
             entry = {**asdict(checkpoint), "path": str(checkpoint.path)}
             old = known.get(checkpoint.name)
             if old is not None and (old["hash"], old["tokens_seen"]) != (entry["hash"], entry["tokens_seen"]):
                 raise LccpError(
-                    f"checkpoint {checkpoint.name!r} was scored in {self.path} with other weights or token count "
+                    f"checkpoint {checkpoint.name!r} was scored in {self.path} with other weights, config or tokens "
                     f"(there {old['tokens_seen']} tokens, {_short(old['hash'])}; now {entry['tokens_seen']} tokens, "
                     f"{_short(entry['hash'])}); choose another --out"
+                )
+            same_count = [e["name"] for e in known.values() if e["tokens_seen"] == entry["tokens_seen"]]
+            if old is None and same_count:
+                raise LccpError(
+                    f"checkpoint {checkpoint.name!r} has {entry['tokens_seen']} tokens seen, as {same_count[0]!r} in "
+                    f"{self.path} has; tell them apart with --tokens NAME=COUNT"
                 )
             known[checkpoint.name] = entry
         ordered = sorted(known.values(), key=lambda entry: (entry["tokens_seen"], entry["name"]))
@@ -418,8 +461,8 @@ class RunWriter:
             write_json(self.path / "run.json", self.manifest)
 
     def is_done(self, checkpoint: str, shard: int) -> bool:
-        """Whether the unit's parts are there."""
-        return all((self.path / table / part_name(checkpoint, shard)).is_file() for table in TABLES)
+        """Whether the unit's parts are there and whole."""
+        return all(is_whole(self.path / table / part_name(checkpoint, shard)) for table in TABLES)
 
     def append(self, checkpoint: str, shard: int, *, scores: pl.DataFrame, outcomes: pl.DataFrame) -> None:
         """Write the parts of one unit; tables must have the columns of `TABLES` and at least one row."""

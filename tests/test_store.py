@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +99,14 @@ def test_reopening_resumes_and_cleans_orphans(tmp_path):
     writer = fill(tmp_path / "run", order=(0,))
     orphan = tmp_path / "run" / "scores" / ".a.0001.parquet.1.tmp"
     orphan.write_bytes(b"half")
+    young = orphan.with_name(".a.0001.parquet.2.tmp")
+    young.write_bytes(b"half")
+    os.utime(orphan, (0, 0))
     again = RunWriter(tmp_path / "run", CONFIG, make_cases())
     assert again.is_done("a", 0)
     assert not again.is_done("a", 1)
     assert not orphan.exists()
+    assert young.exists()  # its writer may still be at work
     assert again.manifest == writer.manifest
 
 
@@ -123,8 +128,10 @@ def test_another_study_is_refused_by_the_keys_that_differ(tmp_path):
 
 def test_a_checkpoint_with_other_weights_is_refused(tmp_path):
     writer = fill(tmp_path / "run")
-    with pytest.raises(LccpError, match=r"checkpoint 'a' was scored .* with other weights or token count"):
+    with pytest.raises(LccpError, match=r"checkpoint 'a' was scored .* with other weights, config or tokens"):
         writer.add_checkpoints([make_checkpoint(digest="ff")])
+    with pytest.raises(LccpError, match=r"'b' has 100 tokens seen, as 'a' in .* has; tell them apart"):
+        writer.add_checkpoints([make_checkpoint("b", 100)])
     writer.add_checkpoints([make_checkpoint("b", 50)])
     assert Run.open(tmp_path / "run").checkpoints["name"].to_list() == ["b", "a"]
 
@@ -134,7 +141,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
     with pytest.raises(LccpError, match="holds files but no run"):
         RunWriter(tmp_path, CONFIG, make_cases())
     (tmp_path / "file").write_text("")
-    with pytest.raises(LccpError, match="cannot write to"):
+    with pytest.raises(LccpError, match=r"cannot write .*Not a directory|cannot write .*File exists"):
         RunWriter(tmp_path / "file", CONFIG, make_cases())
 
 
@@ -142,6 +149,9 @@ def test_what_cannot_be_read_says_so(tmp_path):
     with pytest.raises(LccpError, match=r"no run at .*lccp score CHECKPOINT... --out"):
         Run.open(tmp_path)
     (tmp_path / "run.json").write_text("{")
+    with pytest.raises(LccpError, match="cannot be read"):
+        Run.open(tmp_path)
+    (tmp_path / "run.json").write_text('{"schema_version": 1, "config": []}')
     with pytest.raises(LccpError, match="cannot be read"):
         Run.open(tmp_path)
     (tmp_path / "run.json").write_text('{"schema_version": 99}')
@@ -156,8 +166,36 @@ def test_a_torn_part_is_named(tmp_path):
     fill(tmp_path / "run")
     part = tmp_path / "run" / "scores" / part_name("a", 0)
     part.write_bytes(part.read_bytes()[:50])
-    with pytest.raises(LccpError, match=r"a\.0000\.parquet is not a whole Parquet file; delete it"):
+    with pytest.raises(LccpError, match=r"a\.0000\.parquet is not a whole Parquet file; run the scoring command again"):
         Run.open(tmp_path / "run").scores.collect()
+
+
+def test_a_torn_part_is_done_again(tmp_path):
+    writer = fill(tmp_path / "run")
+    (tmp_path / "run" / "scores" / part_name("a", 0)).write_bytes(b"")
+    assert not writer.is_done("a", 0)
+
+
+def test_two_writers_add_to_one_run(tmp_path):
+    first = fill(tmp_path / "run")
+    second = RunWriter(tmp_path / "run", CONFIG, make_cases())
+    first.add_checkpoints([make_checkpoint("b", 200)])
+    second.add_checkpoints([make_checkpoint("c", 300)])
+    assert Run.open(tmp_path / "run").checkpoints["name"].to_list() == ["a", "b", "c"]
+
+
+def test_without_its_manifest_a_folder_is_no_run(tmp_path):
+    fill(tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(LccpError, match=r"holds files but no run\.json"):
+        RunWriter(tmp_path / "run", {**CONFIG, "seed": 1}, make_cases())
+
+
+def test_killed_before_the_cases_were_written(tmp_path):
+    fill(tmp_path / "run")
+    (tmp_path / "run" / "cases.parquet").unlink()
+    RunWriter(tmp_path / "run", CONFIG, make_cases())
+    assert cases_from_frame(Run.open(tmp_path / "run").cases) == make_cases()
 
 
 def test_empty_tables_are_never_written(tmp_path):
@@ -182,10 +220,17 @@ def test_replacing_keeps_the_old_file_on_failure(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(LccpError, match=r"cannot write .*x: Is a directory"), replacing(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+
+
 def test_part_names_never_leave_the_folder():
     assert part_name("../../etc/passwd", 0).count("/") == 0
     assert part_name("a b", 0) != part_name("a_b", 0)
     assert not part_name(".hidden", 1).startswith(".")
+    assert len(part_name("x" * 300, 1)) < 120
 
 
 def test_cases_survive_the_table():
