@@ -7,12 +7,13 @@ tables. Cost: one load per checkpoint, one prefill per case and checkpoint.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lccp_interp.checkpoints import find_checkpoints, tokenizer_hash
+from lccp_interp.checkpoints import find_checkpoints, read_config, refuse_ambiguous, tokenizer_hash
 from lccp_interp.schema import Case, Checkpoint, LccpError, Needle
 from lccp_interp.store import Run, RunWriter, result_frames
 
@@ -107,7 +108,7 @@ def score_grid(
     progress: Progress | None = None,
 ) -> Run:
     """`score` for a grid that is built already; same rules, same errors."""
-    from lccp_interp.capture.model import load_model, load_tokenizer
+    from lccp_interp.capture.model import load_model, load_tokenizer, resolve
     from lccp_interp.scoring.engine import score_cases
     from lccp_interp.scoring.metrics import select_metrics
     from lccp_interp.tasks.niah import build_cases
@@ -115,8 +116,12 @@ def score_grid(
     chosen = select_metrics(metrics)
     report = progress or (lambda done, total, message: None)
     tokenizer_id = _common_tokenizer(checkpoints)
+    device, dtype = resolve(device, dtype, checkpoints[0].path)
+    for checkpoint in checkpoints:
+        _check_lengths(checkpoint, max(grid.lengths))
     report(0, 0, "building cases")
     cases = build_cases(grid, load_tokenizer(checkpoints[0].path))
+    _check_vocabulary(checkpoints, cases)
     config = {
         **grid.config(),
         "mode": MODE,
@@ -159,7 +164,11 @@ def _resolve(checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkp
     ready = [item for item in given if isinstance(item, Checkpoint)]
     if ready and len(ready) < len(given):
         raise LccpError("give either Checkpoint objects or paths, not both")
-    return sorted(ready, key=lambda c: c.tokens_seen) if ready else find_checkpoints(list(map(str, given)))
+    if not ready:
+        return find_checkpoints(list(map(str, given)))
+    ready.sort(key=lambda checkpoint: (checkpoint.tokens_seen, checkpoint.name))
+    refuse_ambiguous(ready)
+    return ready
 
 
 def _common_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
@@ -173,3 +182,38 @@ def _common_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
                 "or copy one tokenizer into both if only the files differ"
             )
     return hashes[first]
+
+
+def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = read_config(checkpoint.path)
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _check_lengths(checkpoint: Checkpoint, longest: int) -> None:
+    """Refuse lengths beyond learned positions; warn where rotary positions let the model run on untrained ground."""
+    config = _text_config(checkpoint)
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    if not any(key.startswith("rope") or key == "rotary_pct" for key in config):
+        raise LccpError(
+            f"checkpoint {checkpoint.name!r} has {limit} learned positions, --lengths asks for {longest} tokens; "
+            f"ask for at most {limit}"
+        )
+    warnings.warn(
+        f"checkpoint {checkpoint.name!r} is made for {limit} positions (max_position_embeddings), {longest} tokens are "
+        "asked for; its scores there are extrapolation",
+        stacklevel=3,
+    )
+
+
+def _check_vocabulary(checkpoints: Sequence[Checkpoint], cases: Sequence[Case]) -> None:
+    largest = max(max(*case.prompt_ids, *case.answer_ids) for case in cases)
+    for checkpoint in checkpoints:
+        size = _text_config(checkpoint).get("vocab_size")
+        if isinstance(size, int) and largest >= size:
+            raise LccpError(
+                f"checkpoint {checkpoint.name!r} has {size} tokens in its vocabulary, its tokenizer gave token "
+                f"{largest}; copy the tokenizer that belongs to it"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -171,6 +172,42 @@ def test_load_model_mistakes(checkpoint, tmp_path):
     (unknown / "config.json").write_text(config)
     with pytest.raises(LccpError, match=r"unknown cannot be loaded: .*llamoid"):
         load_model(unknown)
+
+
+def edited_config(checkpoint, tmp_path, **changes):
+    folder = tmp_path / "edited"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"has surplus \d+ weights of LlamaForCausalLM: model.layers.2"),
+        ({"num_hidden_layers": 4}, r"lacks \d+ weights of LlamaForCausalLM: model.layers.3"),
+        ({"intermediate_size": 24}, "edited"),
+        ({"hidden_size": 0}, "edited cannot be loaded"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(checkpoint, tmp_path, capfd, changes, message):
+    with pytest.raises(LccpError, match=message):
+        load_model(edited_config(checkpoint, tmp_path, **changes))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bidirectional_model_is_refused():
+    from transformers import BertConfig, BertLMHeadModel
+
+    model = BertLMHeadModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    ).eval()
+    with (
+        pytest.raises(LccpError, match="attends in both directions"),
+        tap_rows(model, torch.tensor([0]), lambda layer, weights: None),
+    ):
+        model(torch.tensor([[1, 2, 3]]))
 
 
 def test_missing_weights_are_never_filled_with_noise(checkpoint, tmp_path):

@@ -163,7 +163,7 @@ def random_cases(n, *, vocabulary=600, seed=0, lengths=(60, 90)):
                 seed=seed,
                 prompt_ids=tuple(ids[: length - n_answer]),
                 answer_ids=tuple(ids[length - n_answer :]),
-                needle=Span(start, start + n_answer),
+                needle=Span(max(0, start - 5), min(start + n_answer + 5, length - n_answer)),
                 source=Span(start, start + n_answer),
             )
         )
@@ -220,7 +220,9 @@ def test_nan_logits_name_checkpoint_and_case(checkpoint):
     model = load_model(checkpoint)
     with torch.no_grad():
         model.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(LccpError, match=r"checkpoint tokens-1M, case c0: \d+ of \d+ logits are NaN"):
+    with pytest.raises(
+        LccpError, match=r"checkpoint tokens-1M, case c0: \d+ of \d+ logits are NaN; its weights are broken"
+    ):
         score_cases(model, random_cases(1), METRICS)
 
 

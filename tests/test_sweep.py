@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 import lccp_interp
@@ -68,7 +71,7 @@ def test_sharding_does_not_matter(trajectory, undisturbed, tmp_path, monkeypatch
         keys = [name for name, dtype in whole.schema.items() if not dtype.is_float() and not dtype.is_nested()]
         assert sharded.select(keys).equals(whole.select(keys))
         for name in set(whole.columns) & {"value", "answer_ppl"}:
-            assert (sharded[name] - whole[name]).abs().max() < 1e-4
+            assert sharded[name].to_list() == pytest.approx(whole[name].to_list(), rel=1e-4, abs=1e-5)
 
 
 def test_a_finished_run_loads_no_model(trajectory, undisturbed, monkeypatch):
@@ -126,6 +129,42 @@ def test_a_failing_checkpoint_leaves_the_others_done(trajectory, tmp_path, monke
     with pytest.raises(LccpError, match="lccp-2"):
         score(trajectory, tmp_path / "run", **GRID)
     assert set(tables(tmp_path / "run")[0]["checkpoint"]) == {"pretrain-0", "lccp-1"}
+
+
+def edited(checkpoint, tmp_path, **changes):
+    folder = tmp_path / "tokens-1M"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key in [key for key, value in changes.items() if value is None]:
+        del config[key], changes[key]
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_lengths_beyond_the_model(checkpoint, tmp_path):
+    rotary = edited(checkpoint, tmp_path / "rotary", max_position_embeddings=64)
+    with pytest.warns(UserWarning, match="made for 64 positions .*128 tokens are asked for"):
+        score(rotary, tmp_path / "run", lengths=[128], depths=[0], samples=1)
+    learned = edited(checkpoint, tmp_path / "learned", max_position_embeddings=64, rope_parameters=None)
+    with pytest.raises(LccpError, match="has 64 learned positions, --lengths asks for 128 tokens"):
+        score(learned, tmp_path / "run2", lengths=[128], depths=[0], samples=1)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(checkpoint, tmp_path):
+    small = edited(checkpoint, tmp_path, vocab_size=300)
+    with pytest.raises(LccpError, match="has 300 tokens in its vocabulary, its tokenizer gave token"):
+        score(small, tmp_path / "run", **GRID)
+
+
+def test_a_changed_rope_base_is_another_checkpoint(checkpoint, tmp_path):
+    score(checkpoint, tmp_path / "run", **GRID)
+    raised = edited(checkpoint, tmp_path, rope_parameters={"rope_theta": 2e6, "rope_type": "default"})
+    with pytest.raises(LccpError, match="with other weights, config or tokens"):
+        score(raised, tmp_path / "run", **GRID)
+
+
+def test_auto_is_recorded_as_what_it_means_here(undisturbed):
+    assert Run.open(undisturbed).config["dtype"] == "float32"
 
 
 def test_public_names_are_there():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lccp_interp.capture.rows import RowSink, tap_rows
-from lccp_interp.checkpoints import verify_folder
+from lccp_interp.checkpoints import read_config, verify_folder
 from lccp_interp.schema import LccpError
 
 if TYPE_CHECKING:
@@ -137,41 +137,80 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # one bar per checkpoint would tear ours apart
-    is_hub_id = not Path(checkpoint).exists() and str(checkpoint).count("/") == 1 and str(checkpoint)[0] not in "./~"
-    if not is_hub_id:
+    if not _is_hub_id(checkpoint):
         verify_folder(Path(checkpoint))
-    if dtype not in ("auto", *DTYPES):
-        raise LccpError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_dtype: torch.dtype | str = DTYPES.get(dtype, "auto")
-    if dtype == "auto" and device == "cpu" and device_map is None:
-        torch_dtype = torch.float32
+    device, dtype = resolve(device, dtype, checkpoint) if device_map is None else (device, dtype)
     tokenizer = load_tokenizer(checkpoint, revision=revision)
+    before = transformers_logging.get_verbosity()
+    # Its tables of missing weights and its bar per checkpoint would tear our one line apart; we report both ourselves.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             checkpoint,
-            dtype=torch_dtype,
+            dtype=DTYPES.get(dtype, "auto"),
             device_map=device_map,
             revision=revision,
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise LccpError(f"checkpoint {checkpoint} cannot be loaded: {_first_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise LccpError(
-            f"checkpoint {checkpoint} lacks {len(missing)} weights of {type(model).__name__}: "
-            f"{', '.join(missing[:3])}; copy the whole checkpoint again"
-        )
+    except Exception as error:  # transformers raises nearly every type on a broken config or file
+        raise LccpError(f"checkpoint {checkpoint} cannot be loaded: {_one_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(before)
+    _refuse_other_weights(checkpoint, type(model).__name__, loading)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LccpError(f"checkpoint {checkpoint} is an encoder-decoder ({type(model).__name__}); give a decoder")
     if device_map is None:
         try:
             model = model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise LccpError(f"device {device!r} cannot be used: {_first_line(error)}; try --device cpu") from error
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise LccpError(f"device {device!r} cannot be used: {_one_line(error)}; try --device cpu") from error
     return HookedModel(model=model.eval(), tokenizer=tokenizer, name=Path(checkpoint).name)
+
+
+def resolve(device: str, dtype: str, checkpoint: str | Path) -> tuple[str, str]:
+    """What `auto` means here: the first GPU, else the CPU; float32 on a CPU, else the checkpoint's own dtype.
+
+    Raises:
+        LccpError: an unknown dtype, or a device that this machine does not have.
+
+    Example:
+        >>> resolve("cpu", "auto", "anywhere")
+        ('cpu', 'float32')
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise LccpError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise LccpError(f"device {device!r} cannot be used: {_one_line(error)}; try --device cpu") from error
+    if kind == "meta":
+        raise LccpError("device 'meta' holds no numbers and cannot be used; try --device cpu")
+    if dtype == "auto" and kind == "cpu":
+        dtype = "float32"
+    elif dtype == "auto" and not _is_hub_id(checkpoint):
+        config = read_config(Path(checkpoint))
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return device, dtype
+
+
+def _is_hub_id(checkpoint: str | Path) -> bool:
+    text = str(checkpoint)
+    return not Path(checkpoint).exists() and text.count("/") == 1 and text[0] not in "./~"
+
+
+def _refuse_other_weights(checkpoint: str | Path, architecture: str, loading: dict[str, Any]) -> None:
+    """transformers fills missing weights with random numbers and drops surplus ones; neither is this checkpoint."""
+    for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has surplus"), ("mismatched_keys", "misshapes")):
+        names = sorted(str(name) for name in loading.get(kind, ()) if not str(name).endswith("rotary_emb.inv_freq"))
+        if names:
+            raise LccpError(
+                f"checkpoint {checkpoint} {verb} {len(names)} weights of {architecture}: {', '.join(names[:3])}; "
+                "config.json and weights do not belong together, copy the checkpoint again"
+            )
 
 
 def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -185,9 +224,9 @@ def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> Pr
     try:
         return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
-        raise LccpError(f"the tokenizer of {checkpoint} cannot be loaded: {_first_line(error)}") from error
+        raise LccpError(f"the tokenizer of {checkpoint} cannot be loaded: {_one_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -83,6 +83,11 @@ def _tapped_attention(
     tap = _ACTIVE.get()
     if tap is None:
         raise LccpError(f"attention implementation {TAP_NAME!r} was called outside of `tap_rows`; set another one")
+    if not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
+        raise LccpError(
+            f"{type(module).__name__} attends in both directions; copy events are read from decoders, whose tokens see "
+            "only what stands before them"
+        )
     eager = eager_function(module)
     kernel = eager if tap.kernel == "eager" else sdpa_attention_forward
     output, _ = kernel(module, query, key, value, attention_mask, **kwargs)

@@ -85,7 +85,7 @@ def _score_batch(model: HookedModel, cases: Sequence[Case], metrics: Mapping[str
         if n_bad := int(answer_logits.isnan().sum()):
             raise LccpError(
                 f"checkpoint {model.name}, case {case.case_id}: {n_bad} of {answer_logits.numel()} logits are NaN; "
-                f"its weights are broken, or they overflow in {model.dtype}: try --dtype float32"
+                + ("its weights are broken" if model.dtype == "float32" else f"try --dtype float32 ({model.dtype} now)")
             )
         results.append(
             CaseResult(

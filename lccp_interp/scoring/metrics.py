@@ -65,7 +65,9 @@ def retrieval(rows: AttentionRows) -> Float[Tensor, " head"]:
     """Retrieval score |g n k| / |k| of arXiv 2604.02650, Eq. 1.
 
     k is the set of the source's token ids, g the set of answer tokens whose row attends, by arg-max, to an equal token
-    inside the source. Sets: a token copied twice counts once. In 0..1.
+    inside the source. Sets: a token copied twice counts once. In 0..1; where the tokenizer gives the answer's first
+    word another token after the cue than in the needle (in the paper's form the needle opens a line), that token can
+    not be hit and the score stays below 1.
 
     Example:
         >>> weights = torch.tensor([[[0.1, 0.8, 0.1, 0.0], [0.1, 0.8, 0.0, 0.1]]])  # one head, two events, four keys
