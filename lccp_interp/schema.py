@@ -7,6 +7,7 @@ is made, measured or stored. It costs nothing.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,11 +78,38 @@ class Needle:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise LccpError(f"a needle's field {name!r} must be a non-empty string, got {value!r}")
-        if self.answer.strip() not in self.needle:
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise LccpError(f"a needle's field {name!r} holds half a character (a lone surrogate): {value!r}")
+        _ = self.answer_start
+
+    @property
+    def answer_start(self) -> int:
+        """Index of the answer's first character in the stripped needle.
+
+        Raises:
+            LccpError: the answer is not part of the needle, or stands in it more than once as words of its own, so that
+                nobody could say which one is the source.
+        """
+        text, answer = self.needle.strip(), self.answer.strip()
+        places = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", text)]
+        if not places:
             raise LccpError(
-                f"the answer {self.answer!r} is not part of its needle {self.needle!r}; "
+                f"the answer {answer!r} is not part of its needle {text!r}; "
                 "copy it from the needle word by word, or repeat the whole needle as the answer"
             )
+        words = [at for at in places if _is_word(text, at, at + len(answer))]
+        if len(words or places) > 1:
+            raise LccpError(
+                f"the answer {answer!r} stands {len(words or places)} times in its needle {text!r}; "
+                "rephrase the needle so that it stands there once"
+            )
+        return (words or places)[0]
+
+
+def _is_word(text: str, start: int, end: int) -> bool:
+    """Whether `text[start:end]` is not cut out of longer words or numbers."""
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return not (before.isalnum() and text[start].isalnum()) and not (after.isalnum() and text[end - 1].isalnum())
 
 
 @dataclass(frozen=True, slots=True)

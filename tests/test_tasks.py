@@ -89,12 +89,29 @@ def test_the_prompt_has_the_papers_form(tokenizer):
     assert end.endswith("\nThe code of Mara is 4 0 7." + tail)
 
 
-def test_the_needle_stands_at_the_sentence_boundary_nearest_below_its_depth(tokenizer):
-    grid = NiahGrid(lengths=(600,), depths=(10, 30, 60, 90), needles=NEEDLES[:1], haystack=TEXT)
-    for case in build_cases(grid, tokenizer):
-        n_context = case.length - len(case.needle) - 60
-        assert case.needle.start <= case.depth_fraction * case.length
-        assert case.needle.start >= case.depth_fraction * n_context - 140  # no sentence is longer in this tokenizer
+@pytest.mark.parametrize("depth", [3, 10, 30, 61, 90, 99])
+def test_the_needle_stands_at_the_sentence_boundary_nearest_below_its_depth(tokenizer, depth):
+    """Slow twin: decode, find the needle as text, and look at every sentence end before and after it."""
+    (case,) = build_cases(NiahGrid(lengths=(700,), depths=(depth,), needles=NEEDLES[:1], haystack=TEXT), tokenizer)
+    pieces = [decoded(tokenizer, [token]) for token in case.prompt_ids]
+    text, needle = "".join(pieces), NEEDLES[0].needle
+    before, after = text.split(needle)
+    after = after.split("\nQuestion:")[0]
+    n_before, n_after = len(tokenizer(before.rstrip("\n")).input_ids), len(tokenizer(after).input_ids)
+    n_context = n_before + n_after
+    sentence_ends = [0]
+    ends = [i + 1 for i, character in enumerate(TEXT) if character in ".!?"]
+    sentence_ends += [len(tokenizer(TEXT[:end]).input_ids) for end in ends]
+    nearest_below = max(n for n in sentence_ends if n <= depth / 100 * n_context)
+    assert n_before == nearest_below
+
+
+def test_run_on_text_reaches_every_depth(tokenizer):
+    for text in ("字" * 3000, "word\n" * 3000, "word " * 3000):
+        grid = NiahGrid(lengths=(7000,), depths=(0, 30, 60, 90), needles=NEEDLES[:1], haystack=text)
+        places = [case.needle.start for case in build_cases(grid, tokenizer)]
+        assert len(set(places)) == 4
+        assert places == sorted(places)
 
 
 def test_samples_read_different_places_and_seeds_repeat(tokenizer):
@@ -106,6 +123,60 @@ def test_samples_read_different_places_and_seeds_repeat(tokenizer):
     assert len(set(prompts(0))) > 1
     assert prompts(0)[0] == prompts(1)[0]  # the first sample reads from the top
     assert prompts(0) != prompts(1)
+
+
+def test_a_haystack_with_too_few_places_for_the_samples(tokenizer):
+    grid = NiahGrid(lengths=(300,), depths=(50,), samples=50, needles=NEEDLES[:1], haystack=TEXT[:1800])
+    with pytest.raises(LccpError, match=r"has \d+ places from which \d+ tokens can be read, 50 samples are asked for"):
+        build_cases(grid, tokenizer)
+
+
+def test_in_the_bundled_language_every_sample_and_depth_and_seed_is_its_own(tokenizer):
+    def drawn(seed):
+        cases = build_cases(NiahGrid(lengths=(300,), depths=(25, 75), samples=3, seed=seed), tokenizer)
+        needles = [case.prompt_ids[case.needle.start : case.needle.end] for case in cases]
+        return needles, [case.haystack_id for case in cases]
+
+    needles, haystacks = drawn(0)
+    assert len(set(needles)) == len(set(haystacks)) == 6
+    others, other_haystacks = drawn(1)
+    assert not set(needles) & set(others)
+    assert not set(haystacks) & set(other_haystacks)
+
+
+@pytest.mark.parametrize(
+    ("needle", "answer", "message"),
+    [
+        ("Mara met Mara.", "Mara", "stands 2 times in its needle"),
+        ("x is \ud800.", "x", "half a character"),
+    ],
+)
+def test_needles_that_cannot_be_used(needle, answer, message):
+    with pytest.raises(LccpError, match=message):
+        Needle(needle, "q?", answer)
+
+
+def test_the_answer_is_the_word_and_not_a_piece_of_another():
+    assert Needle("In 2019 the code was 19.", "Code?", "19").answer_start == 21
+    assert Needle("The cat had a c", "What?", "c").answer_start == 14
+    assert Needle("是七八九", "?", "七八九").answer_start == 1
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_answers_without_a_blank_before_them(name):
+    tokenizer = AutoTokenizer.from_pretrained(external(f"tokenizers/{name}"))
+    chinese = Needle("密码是七八九。", "密码是什么?", "七八九")
+    cases = build_cases(NiahGrid(lengths=(300,), needles=(chinese,), haystack=TEXT * 2), tokenizer)
+    check_spans(cases, (chinese,), tokenizer)
+    assert all(set(c.answer_ids) & set(c.prompt_ids[c.source.start : c.source.end]) for c in cases)
+
+
+def test_an_answer_that_shares_no_token_with_itself_is_refused():
+    """Behind the cue it would be another token than in the needle: every head would score 0 by construction."""
+    tokenizer = AutoTokenizer.from_pretrained(external("tokenizers/llama3"))
+    needle = Needle("Mara is the queen.", "Who is the queen?", "Mara")
+    with pytest.raises(SpanError, match="'Mara' has no token in common with itself"):
+        build_cases(NiahGrid(lengths=(300,), depths=(0,), needles=(needle,), haystack=TEXT * 2), tokenizer)
 
 
 def test_a_lossy_tokenizer_is_refused_with_the_text(checkpoint):

@@ -2,8 +2,8 @@
 
 A `Haystack` cuts its text into sentences once and encodes each of them as it looks at the beginning of a document, in
 mid-text and at the beginning of a line, so that a context of an exact number of tokens with a needle at a sentence
-boundary is a matter of joining lists. It refuses to know needles and questions. Cost: one tokenizer call over the text
-that is used.
+boundary is a matter of joining lists. It refuses to know needles and questions. Cost: one tokenizer call over
+the whole text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from lccp_interp.tasks.pieces import PieceEncoder
 # A sentence ends after . ! ? (and closing quotes) before white space, after the full-width marks, or with a paragraph.
 _SENTENCE_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|(?<=\S)(?=[^\S\n]*\n\s*\n)""")
 RUN_ON_CHARACTERS = 400
-"""A longer stretch without a sentence end (code, tables) is cut at white space, so that every depth can be reached."""
+"""A longer stretch without a sentence end (code, tables) is cut at white space, or where it must be."""
 
 
 def sentences(text: str) -> list[str]:
@@ -36,9 +37,8 @@ def sentences(text: str) -> list[str]:
     parts: list[str] = []
     for piece in pieces:
         while len(piece) > RUN_ON_CHARACTERS:
-            cut = max(piece.rfind(" ", 1, RUN_ON_CHARACTERS), piece.rfind("\t", 1, RUN_ON_CHARACTERS))
-            if cut <= 0:
-                break
+            blanks = [match.start() for match in re.finditer(r"\s+", piece[1:RUN_ON_CHARACTERS])]
+            cut = 1 + blanks[-1] if blanks else RUN_ON_CHARACTERS
             parts.append(piece[:cut])
             piece = piece[cut:]
         parts.append(piece)
@@ -52,7 +52,7 @@ def read_haystack(path: Path) -> str:
         LccpError: nothing there, no text in it, or bytes that are not UTF-8 (file and position).
     """
     if path.is_dir():
-        files = sorted([*path.glob("*.txt"), *path.glob("*.md")])
+        files = sorted(file for pattern in ("*.txt", "*.md") for file in path.glob(pattern) if file.is_file())
     elif path.is_file():
         files = [path]
     else:
@@ -60,7 +60,7 @@ def read_haystack(path: Path) -> str:
     texts = []
     for file in files:
         try:
-            texts.append(file.read_text(encoding="utf-8").strip())
+            texts.append(file.read_text(encoding="utf-8-sig").strip())
         except UnicodeDecodeError as error:
             raise LccpError(
                 f"haystack {file} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
@@ -157,11 +157,17 @@ class Haystack:
         return ids[:n_tokens]
 
 
-def pick_starts(haystack: Haystack, n_context: int, n_samples: int, seeds: Sequence[int]) -> list[int]:
-    """First sentences for the samples: the first sample reads from the top, others from seeded places."""
-    import random
+def pick_starts(haystack: Haystack, n_context: int, seeds: Sequence[int]) -> list[int]:
+    """First sentences of the samples, all different: the first reads from the top, the others from seeded places.
 
-    choices = haystack.starts(n_context)
+    Raises:
+        LccpError: the haystack has fewer places to begin than there are samples.
+    """
     # The last possible start is left out: at the beginning of a document its first sentence may have a token less.
-    spread = max(1, choices - 1)
-    return [0 if sample == 0 else random.Random(seeds[sample]).randrange(spread) for sample in range(n_samples)]
+    n_places = max(1, haystack.starts(n_context) - 1)
+    if n_places < len(seeds):
+        raise LccpError(
+            f"the haystack ({haystack.n_tokens} tokens) has {n_places} places from which {n_context} tokens can be "
+            f"read, {len(seeds)} samples are asked for; give a longer text (--haystack) or fewer --samples"
+        )
+    return [0, *random.Random(str(seeds)).sample(range(1, n_places), len(seeds) - 1)]

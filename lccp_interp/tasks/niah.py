@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lccp_interp.organism import language
-from lccp_interp.schema import Case, LccpError, Needle, Span
+from lccp_interp.schema import Case, LccpError, Needle, Span, SpanError
 from lccp_interp.tasks.haystack import Haystack, pick_starts
 from lccp_interp.tasks.pieces import PieceEncoder
 
@@ -106,7 +106,8 @@ def read_needles(path: Path) -> tuple[Needle, ...]:
         raise LccpError(f"no needle file at {path}; give JSONL with needle, question and answer in each line")
     needles = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also cuts at separators that may stand inside a JSON string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise LccpError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv") from error
     for number, line in enumerate(lines, start=1):
@@ -114,7 +115,7 @@ def read_needles(path: Path) -> tuple[Needle, ...]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LccpError(f"{path}:{number}: no JSON ({error}); each line is one JSON object") from error
         if not isinstance(entry, dict):
             raise LccpError(f"{path}:{number}: expected a JSON object, got {type(entry).__name__}")
@@ -156,7 +157,7 @@ def _cases(grid: NiahGrid, encoder: PieceEncoder) -> Iterator[Case]:
         haystack, start = material.haystack(sample, depth)
         prompt_ids, needle_span, source_span = fact.place(length, depth / 100, haystack, start)
         yield Case(
-            case_id=f"niah-{length}-d{depth:g}-{name}-{sample}",
+            case_id=f"niah-{length}-d{_percent(depth)}-{name}-{sample}",
             task="niah",
             length=length,
             depth_fraction=depth / 100,
@@ -186,9 +187,7 @@ class _Material:
         self._own_text = None if grid.haystack is None else Haystack(grid.haystack, encoder)
         seeds = [_derived_seed(grid.seed, sample) for sample in range(grid.samples)]
         self._starts = (
-            [0] * grid.samples
-            if self._own_text is None
-            else pick_starts(self._own_text, self._longest, grid.samples, seeds)
+            [0] * grid.samples if self._own_text is None else pick_starts(self._own_text, self._longest, seeds)
         )
 
     def needles(self, sample: int, depth: float) -> tuple[Needle, ...]:
@@ -200,7 +199,7 @@ class _Material:
     def fact(self, sample: int, index: int | None, depth: float) -> tuple[str, _Fact]:
         key = (sample, depth) if index is None else index
         if key not in self._facts:
-            name = f"s{sample}d{depth:g}" if index is None else f"n{index}"
+            name = f"s{sample}d{_percent(depth)}" if index is None else f"n{index}"
             needle = self.needles(sample, depth)[index or 0]
             self._facts[key] = name, _Fact(name, needle, self._grid.prompt, self._encoder)
         return self._facts[key]
@@ -236,7 +235,7 @@ class _Fact:
         self.label = f"needle {name}"
         text = needle.needle.strip()
         answer = needle.answer.strip()
-        at = text.index(answer)
+        at = needle.answer_start
         # The blank before the answer belongs to its first word, as it does after the answer cue.
         head = text[:at].rstrip(" ")
         source = text[len(head) : at] + answer
@@ -245,7 +244,12 @@ class _Fact:
         tail = tail.replace("{question}", needle.question.strip())
         self.lead = encoder.prefix + (encoder.start(opening) if opening else [])
         self.line_break = encoder.middle(["\n"])[0]
-        self.tail, self.answer = encoder.middle([tail, answer if tail[-1:].isspace() else f" {answer}"])
+        # After the cue the answer follows a blank, or what already ends the cue; within a script without blanks, where
+        # the source follows another character directly, it may follow the cue directly too.
+        ways = [answer] if tail[-1:].isspace() else [f" {answer}"]
+        if text[at - 1 : at].strip():
+            ways.append(answer)
+        self.tail, *forms = encoder.middle([tail, *ways])
         # Within the text the needle opens a line; at depth 0 it opens the document.
         inner = encoder.middle([source, rest])
         if head:
@@ -254,6 +258,13 @@ class _Fact:
         else:
             self.in_line = _Form([], encoder.middle([source], after="\n")[0], inner[1])
             self.in_front = self.in_line if opening else _Form([], encoder.start(source), inner[1])
+        shared = [form for form in forms if set(form) & set(self.in_line.source)]
+        if not shared:
+            raise SpanError(
+                f"{self.label}: its answer {answer!r} has no token in common with itself inside the needle under this "
+                f"tokenizer ({encoder.name}), so no head could score; rephrase the needle so that a blank precedes it"
+            )
+        self.answer = shared[0]
         for form in (self.in_line, self.in_front):
             encoder.check(form.source, answer, f"the answer of {self.label}")
             encoder.check(form.ids, text, self.label)
@@ -297,6 +308,10 @@ def _organism_haystack(n_tokens: int, seed: int, needles: Sequence[Needle], enco
 def _derived_seed(*parts: float) -> int:
     digest = hashlib.sha256("/".join(["niah", *map(str, parts)]).encode()).digest()
     return int.from_bytes(digest[:6], "big")
+
+
+def _percent(depth: float) -> str:
+    return f"{int(depth)}" if float(depth).is_integer() else repr(float(depth))
 
 
 def _digest(content: object) -> str:
