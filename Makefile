@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself on a machine with Python 3.11+.
-# torch comes first and pinned: left to the resolver, a Linux machine gets gigabytes of CUDA packages. On a machine
-# with a GPU: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+# torch comes first and pinned, so that no dependency pulls another one. Where the index offers a build with CUDA and a
+# CPU is enough: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 EXTRAS ?= dev
@@ -11,8 +11,8 @@ PYTEST ?= -n 2
 .PHONY: demo test slow check format bench clean
 
 .venv/ready: pyproject.toml Makefile
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import sys; sys.exit(sys.version_info < (3, 11) and 'lccp_interp needs Python 3.11 or newer; make ... PYTHON=python3.11')"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	touch $@

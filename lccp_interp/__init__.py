@@ -34,6 +34,14 @@ _HOMES = {
     "score_cases": "scoring.engine",
     "score": "sweep",
     "Run": "store",
+    "score_table": "dynamics",
+    "head_records": "dynamics",
+    "census": "dynamics",
+    "lives": "dynamics",
+    "stability": "dynamics",
+    "outcome_table": "dynamics",
+    "draw_figures": "figures",
+    "write_report": "report",
 }
 
 if TYPE_CHECKING:
@@ -41,6 +49,14 @@ if TYPE_CHECKING:
     from lccp_interp.capture.model import load_model as load_model
     from lccp_interp.checkpoints import bundled_trajectory as bundled_trajectory
     from lccp_interp.checkpoints import find_checkpoints as find_checkpoints
+    from lccp_interp.dynamics import census as census
+    from lccp_interp.dynamics import head_records as head_records
+    from lccp_interp.dynamics import lives as lives
+    from lccp_interp.dynamics import outcome_table as outcome_table
+    from lccp_interp.dynamics import score_table as score_table
+    from lccp_interp.dynamics import stability as stability
+    from lccp_interp.figures import draw_figures as draw_figures
+    from lccp_interp.report import write_report as write_report
     from lccp_interp.schema import Case as Case
     from lccp_interp.schema import Checkpoint as Checkpoint
     from lccp_interp.schema import LccpError as LccpError

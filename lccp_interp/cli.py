@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +78,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             # `lccp heads ... | head` closes the pipe early; that is no mistake.
             sys.stderr.close()
             raise typer.Exit(0) from None
+        except OSError as error:
+            if _debug:
+                raise
+            print(f"lccp: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+            raise typer.Exit(EXIT_INPUT) from None
 
     return wrapper
 
@@ -84,11 +90,18 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def main() -> None:
     """Entry point of the `lccp` command; `--debug` may stand anywhere."""
     global _debug
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     # On a shared machine threads that spin while they wait starve each other; torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     _debug = "--debug" in arguments
     app(args=[argument for argument in arguments if argument != "--debug"], prog_name="lccp")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Ours in one line; those of libraries are for programmers and are shown with --debug."""
+    if category is UserWarning or _debug:
+        print(f"lccp: warning: {message}", file=sys.stderr)
 
 
 @app.command()
@@ -221,9 +234,11 @@ def heads(
     records = head_records(opened, metric=metric, length=length)
     if checkpoint is not None:
         names = opened.checkpoints["name"].to_list()
+        scored = {record["checkpoint"] for record in records}
+        names = [name for name in names if name in scored]
         wanted = names[-1] if checkpoint == "last" else checkpoint
         if wanted not in names:
-            raise LccpError(f"run {run} has no checkpoint {wanted!r}; it has {', '.join(names)}")
+            raise LccpError(f"run {run} has no scored checkpoint {wanted!r}; it has {', '.join(names)}")
         records = [record for record in records if record["checkpoint"] == wanted]
     if top is None:
         top = 20 if output_format is Format.table else 0
@@ -382,7 +397,8 @@ def _print_records(records: Sequence[Mapping[str, Any]] | Mapping[str, Any], out
     for record in records:
         # Text, not markup: names come from folders and may hold brackets.
         table.add_row(*(Text(_cell(name, value)) for name, value in record.items()))
-    Console().print(table)
+    # Into a pipe or a file nothing is cut to a terminal's width.
+    Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
 def _without_nan(value: Any) -> Any:
