@@ -4,7 +4,7 @@ What it does: trains a small Llama by a recipe, writes plain Hugging Face folder
 after an interruption to bit-identical checkpoints. Matrices are trained by Muon (momentum, orthogonalised by
 Newton-Schulz iterations; Keller Jordan, 2024), embeddings and norms by AdamW.
 What it refuses to know: heads, needles, scores. Checkpoints are where the recipe says, never where a score looks good.
-What it costs: ``small`` about ten minutes on one CPU core and well under 1 GB; ``medium`` wants a GPU.
+What it costs: ``small`` about twelve minutes on one CPU core and well under 1 GB; ``medium`` wants a GPU.
 
 The batch of a step is a function of (seed, stage, step), so the state to be resumed from is weights, optimizer moments,
 the step and the climb's position. Same seed, same thread count, same kind of machine, same versions: same bits.
