@@ -6,14 +6,14 @@ What it costs: nothing to import; ``small`` takes about 730 CPU seconds to follo
 All counts are in tokens and every step of a stage takes the same number of them, so a checkpoint at N tokens is a
 checkpoint at an exact step, fixed before the run begins.
 
-How ``small`` was chosen: from about a dozen runs, all with seed 0 and most stopped early, by looking at accuracy and at
-per-head retrieval scores; lccp was then lengthened from 1.6M to 2.6M tokens, since the scores of a first full run were
-still rising at its end, and the recipe was run unchanged with seed 1. Seed 0 is therefore the seed it was chosen on, and
-what only seed 0 shows is no finding. No choice was tested by itself, with several seeds. Those made on purpose: length
-is raised only after copying has begun (after 2.5-3.8M tokens; earlier trials that lengthened before never copied);
-whole heads are dropped out only after that moment, at the end of pretraining, so that more of them share the work (from
-the start it seemed to delay copying); short contexts stay mixed into lccp (earlier trials on long ones alone
-collapsed); an answer's first token, the one that has to be searched for, weighs more there.
+How ``small`` was chosen: from about a dozen runs, all with seed 0 and most stopped early, by looking at accuracy and
+at per-head retrieval scores; lccp was then lengthened from 1.6M to 2.6M tokens, since the scores of a first full run
+were still rising at its end, and the recipe was run unchanged with seed 1. Seed 0 is therefore the seed it was chosen
+on, and what only seed 0 shows is no finding. No choice was tested by itself, with several seeds. Those made on
+purpose: length is raised only after copying has begun (after 2.5-3.8M tokens; earlier trials that lengthened before
+never copied); whole heads are dropped out only after that moment, at the end of pretraining, so that more of them
+share the work (from the start it seemed to delay copying); short contexts stay mixed into lccp (earlier trials on
+long ones alone collapsed); an answer's first token, the one that has to be searched for, weighs more there.
 """
 
 from __future__ import annotations
