@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lccp_interp.capture.model import load_model
+from lccp_interp.capture.model import HookedModel, load_model
 from lccp_interp.schema import Case, LccpError, Span
 from lccp_interp.scoring.engine import score_cases
 from lccp_interp.scoring.metrics import METRICS, AttentionRows, copy, needle_mass, retrieval, select_metrics, wu
@@ -224,6 +224,18 @@ def test_nan_logits_name_checkpoint_and_case(checkpoint):
         LccpError, match=r"checkpoint tokens-1M, case c0: \d+ of \d+ logits are NaN; its weights are broken"
     ):
         score_cases(model, random_cases(1), METRICS)
+
+
+def test_a_model_without_attention_rows_is_an_error(model):
+    """Never an empty table: a model whose layers report nothing (all linear attention, say) is refused by name."""
+
+    class Silent(HookedModel):
+        def answer_logits(self, input_ids, n_answer, sink):
+            return torch.zeros(*input_ids.shape[:1], n_answer, 600)
+
+    silent = Silent(model.model, model.tokenizer, "silent")
+    with pytest.raises(LccpError, match="checkpoint silent: no attention layer reported any rows"):
+        score_cases(silent, random_cases(1), METRICS)
 
 
 def test_a_planted_head_is_found_among_flat_ones():

@@ -75,8 +75,12 @@ def test_sharding_does_not_matter(trajectory, undisturbed, tmp_path, monkeypatch
 
 
 def test_a_finished_run_loads_no_model(trajectory, undisturbed, monkeypatch):
-    monkeypatch.setattr("lccp_interp.capture.model.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    loaded = []
+    monkeypatch.setattr("lccp_interp.capture.model.load_model", lambda *a, **k: loaded.append(a))
+    before = {part: part.stat().st_mtime_ns for part in undisturbed.rglob("*.parquet")}
     score(trajectory, undisturbed, **GRID)
+    assert loaded == []
+    assert {part: part.stat().st_mtime_ns for part in undisturbed.rglob("*.parquet")} == before
 
 
 def test_checkpoints_can_be_added_later(trajectory, undisturbed, tmp_path):
