@@ -322,3 +322,15 @@ def test_span_law_on_a_slow_byte_tokenizer():
     assert not tokenizer.is_fast
     grid = NiahGrid(lengths=(600, 1500), depths=(0, 40, 100), needles=NEEDLES, haystack=TEXT)
     check_spans(build_cases(grid, tokenizer), NEEDLES, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_a_template_that_opens_with_text_reads_as_one_text(name):
+    """What follows the template's opening is mid-text: no blank may slip in where SentencePiece would begin a text."""
+    tokenizer = AutoTokenizer.from_pretrained(external(f"tokenizers/{name}"))
+    prompt = "Read this:\n{context}\n\nQ: {question} A:"
+    grid = NiahGrid(lengths=(300,), depths=(0, 50, 100), needles=NEEDLES[:1], haystack=TEXT * 2, prompt=prompt)
+    for case in build_cases(grid, tokenizer):
+        text = decoded(tokenizer, case.prompt_ids)
+        assert text.startswith("Read this:\n" + ("The best" if case.depth_fraction == 0 else "It rained"))
+        assert tokenizer(text, add_special_tokens=False).input_ids[:12] == list(case.prompt_ids[:12])

@@ -108,7 +108,9 @@ class Haystack:
             )
         return bisect.bisect_right(self._ends, self.n_tokens - n_context) + 1
 
-    def split(self, n_context: int, depth_fraction: float, *, start: int = 0) -> tuple[list[int], list[int]]:
+    def split(
+        self, n_context: int, depth_fraction: float, *, start: int = 0, opens_document: bool = True
+    ) -> tuple[list[int], list[int]]:
         """A context of exactly `n_context` tokens, opened at a sentence boundary.
 
         Args:
@@ -116,6 +118,7 @@ class Haystack:
             depth_fraction: 0..1; the first part ends at the sentence boundary nearest below that share of the
                 context. At 1 it is the whole context, cut wherever the count falls; at 0 it is empty.
             start: index of the sentence to begin with (see `starts`).
+            opens_document: whether nothing stands before the context (no text of the prompt's template).
 
         Returns:
             (before, after): token ids; `after` begins with a line break, an empty part has no tokens at all.
@@ -124,31 +127,35 @@ class Haystack:
             LccpError: the haystack is too short from that sentence on.
         """
         if depth_fraction >= 1:
-            return self._from(start, n_context, lead=""), []
+            return self._from(start, n_context, self._opening(start, opens_document)), []
         target = depth_fraction * n_context
         # From the second sentence on, mid-text lengths are the exact ones; only the first is encoded as a beginning.
-        first = self._encoder.start(self._sentences[start].lstrip())
+        first = self._opening(start, opens_document)
         offset = self._ends[start] - len(first)
         n_sentences = 0
         if target >= len(first):
             n_sentences = bisect.bisect_right(self._ends, target + offset) - start
         before = [] if n_sentences == 0 else first + self._join(start + 1, start + n_sentences)
-        return before, self._from(start + n_sentences, n_context - len(before), lead="\n")
+        after = start + n_sentences
+        if after >= len(self._sentences):
+            raise LccpError(
+                "the haystack ends before the tokens that are still needed; give a longer text (--haystack)"
+            )
+        line_break = self._encoder.middle(["\n"])[0]
+        return before, self._from(after, n_context - len(before), line_break + self._opening(after, False))
+
+    def _opening(self, start: int, opens_document: bool) -> list[int]:
+        """Sentence `start` as it looks at the beginning of the document, or of a line."""
+        sentence = self._sentences[start].lstrip()
+        return self._encoder.start(sentence) if opens_document else self._encoder.middle([sentence], after="\n")[0]
 
     def _join(self, start: int, end: int) -> list[int]:
         return list(itertools.chain.from_iterable(self._middle[start:end]))
 
-    def _from(self, start: int, n_tokens: int, *, lead: str) -> list[int]:
-        """Exactly `n_tokens` tokens from sentence `start` on, which begins a line (lead) or the document (no lead)."""
-        if start >= len(self._sentences):
-            raise LccpError(f"the haystack ends before the {n_tokens} tokens that are still needed; give a longer text")
-        opening = self._sentences[start].lstrip()
-        if lead:
-            ids = self._encoder.middle([lead])[0] + self._encoder.middle([opening], after=lead)[0]
-        else:
-            ids = self._encoder.start(opening)
-        end = bisect.bisect_left(self._ends, self._ends[start] + n_tokens - len(ids)) + 1
-        ids = ids + self._join(start + 1, end)
+    def _from(self, start: int, n_tokens: int, opening: list[int]) -> list[int]:
+        """Exactly `n_tokens` tokens: `opening`, which stands for sentence `start`, and the sentences after it."""
+        end = bisect.bisect_left(self._ends, self._ends[start] + n_tokens - len(opening)) + 1
+        ids = opening + self._join(start + 1, end)
         if len(ids) < n_tokens:
             raise LccpError(
                 f"the haystack has {self.n_tokens} tokens, {n_tokens - len(ids)} more are needed; "

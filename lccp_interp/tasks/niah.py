@@ -242,6 +242,7 @@ class _Fact:
         rest = text[at + len(answer) :]
         opening, _, tail = prompt.partition("{context}")
         tail = tail.replace("{question}", needle.question.strip())
+        self.opens_document = not opening
         self.lead = encoder.prefix + (encoder.start(opening) if opening else [])
         self.line_break = encoder.middle(["\n"])[0]
         # After the cue the answer follows a blank, or what already ends the cue; within a script without blanks, where
@@ -284,7 +285,7 @@ class _Fact:
         after: list[int] = []
         if depth_fraction > 0:
             n_context = room - len(self.line_break) - len(form.ids)
-            before, after = haystack.split(n_context, depth_fraction, start=start)
+            before, after = haystack.split(n_context, depth_fraction, start=start, opens_document=self.opens_document)
         if not before:
             # At depth 0, or where no sentence ends above the depth asked for, the needle opens the document.
             form = self.in_front
