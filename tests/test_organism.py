@@ -406,3 +406,26 @@ def test_bundled_checkpoint_loads_and_answers_a_question(bundled):
         right += int((logits.argmax(-1) == torch.tensor(answer)).sum())
         total += len(answer)
     assert right / total > 0.7
+
+
+@pytest.mark.slow
+def test_the_recipe_grows_the_bundled_trajectory_again(bundled, tmp_path):
+    """Two minutes: the first bundled checkpoint, from nothing. Other processors may round differently, so: nearly."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights = Path(bundled["checkpoints"][0]["path"]) / "model.safetensors"
+
+    class Enough(Exception):
+        pass
+
+    def stop(done, total, message):
+        if (tmp_path / "run" / weights).exists():
+            raise Enough
+
+    with pytest.raises(Enough):
+        train(tmp_path / "run", seed=bundled["seed"], progress=stop)
+    grown = load_file(tmp_path / "run" / weights)
+    for name, expected in load_file(BUNDLED / weights).items():
+        likeness = torch.cosine_similarity(grown[name].float().flatten(), expected.float().flatten(), dim=0)
+        assert likeness > 0.99, name
