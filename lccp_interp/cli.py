@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import sys
 import warnings
@@ -205,13 +204,7 @@ def score(
             dtype=dtype,
             progress=progress,
         )
-    summary = {"run": str(out), "checkpoints": [c.name for c in found], "cases": run.cases.height}
-    if output_format is Format.table:
-        print(f"{out}: {len(found)} checkpoints x {run.cases.height} cases; next: lccp heads {out}; lccp report {out}")
-    else:
-        _print_records(
-            [{**summary, "checkpoints": len(found)}] if output_format is Format.csv else summary, output_format
-        )
+    _print_scored(run, out, [checkpoint.name for checkpoint in found], output_format)
 
 
 @app.command()
@@ -230,16 +223,7 @@ def heads(
     from lccp_interp.dynamics.heads import head_records
     from lccp_interp.store import Run
 
-    opened = Run.open(run)
-    records = head_records(opened, metric=metric, length=length)
-    if checkpoint is not None:
-        names = opened.checkpoints["name"].to_list()
-        scored = {record["checkpoint"] for record in records}
-        names = [name for name in names if name in scored]
-        wanted = names[-1] if checkpoint == "last" else checkpoint
-        if wanted not in names:
-            raise LccpError(f"run {run} has no scored checkpoint {wanted!r}; it has {', '.join(names)}")
-        records = [record for record in records if record["checkpoint"] == wanted]
+    records = head_records(Run.open(run), metric=metric, length=length, checkpoint=checkpoint)
     if top is None:
         top = 20 if output_format is Format.table else 0
     shown = records[:top] if top else records
@@ -349,6 +333,16 @@ def _write_report(run: Run, out: Path | None, length: int | None) -> Path:
     return write_report(run, out, length=length)
 
 
+def _print_scored(run: Run, out: Path, names: Sequence[str], output_format: Format) -> None:
+    cases = run.cases.height
+    if output_format is Format.table:
+        print(f"{out}: {len(names)} checkpoints x {cases} cases; next: lccp heads {out}; lccp report {out}")
+    elif output_format is Format.json:
+        _print_records({"run": str(out), "checkpoints": names, "cases": cases}, output_format)
+    else:
+        _print_records([{"run": str(out), "checkpoint": name, "cases": cases} for name in names], output_format)
+
+
 def _items(text: str, option: str) -> list[str]:
     items = [item.strip() for item in text.split(",") if item.strip()]
     if not items:
@@ -377,7 +371,7 @@ def _token_table(entries: Sequence[str]) -> dict[str, int]:
 
 def _print_records(records: Sequence[Mapping[str, Any]] | Mapping[str, Any], output_format: Format) -> None:
     if output_format is Format.json:
-        print(json.dumps(_without_nan(records), indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False))
         return
     assert not isinstance(records, Mapping)
     if output_format is Format.csv:
@@ -401,16 +395,9 @@ def _print_records(records: Sequence[Mapping[str, Any]] | Mapping[str, Any], out
     Console(width=None if sys.stdout.isatty() else 250).print(table)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: undefined numbers become null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, int) and name.startswith("tokens"):

@@ -210,7 +210,7 @@ def test_mistakes_after_scoring(run_cli, scored):
     for arguments, message in [
         (["heads", scored, "--metric", "retreival"], "retrieval"),
         (["heads", scored, "--length", "999"], "128, 192"),
-        (["heads", scored, "--checkpoint", "first"], "has no scored checkpoint 'first'; it has pretrain-0"),
+        (["heads", scored, "--checkpoint", "first"], "unknown checkpoint 'first' in"),
         (["figures", scored, "--formats", "gif"], "unknown figure format 'gif'; known: pdf, svg, png"),
         (["report", scored, "--length", "999"], "128, 192"),
     ]:

@@ -332,7 +332,7 @@ def head_records(
 
     Args:
         run, metric, length, mode, confidence, n_boot, seed: as in `score_table`.
-        checkpoint: keep only this one.
+        checkpoint: keep only this one; `last` means the last scored one.
         top: keep only the first so many records.
 
     Returns:
@@ -353,6 +353,8 @@ def head_records(
     ).with_row_index("order")
     if checkpoint is not None:
         known = table["checkpoint"].unique(maintain_order=True).to_list()
+        if checkpoint == "last" and "last" not in known:
+            checkpoint = known[-1]
         table = table.filter(pl.col("checkpoint") == choose("checkpoint", checkpoint, known, str(run.path)))
     numbers = ("score", "ci_low", "ci_high")
     ranked = table.with_columns(pl.col(numbers).fill_nan(None)).sort(
