@@ -1,4 +1,4 @@
-"""The tap against the model's own eager attention, on four architectures with different attention."""
+"""The tap against the model's own eager attention, on several architectures with different attention."""
 
 from __future__ import annotations
 

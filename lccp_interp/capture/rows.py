@@ -7,7 +7,8 @@ The weights so obtained are exactly the model's (its grouping of heads, soft-cap
 of T tokens costs E x T numbers per head instead of T x T.
 
 It knows one forward pass; it refuses to know what the rows mean. Cost per layer: one E x T product beside the kernel's
-own T x T, and E x T floats of memory per head until the sink has reduced them.
+own T x T, and E x T floats of memory per head until the sink has reduced them. Queries behind a cache and models that
+know only eager attention are run in blocks of queries, so that no T x T map is ever held.
 """
 
 from __future__ import annotations
@@ -21,20 +22,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lccp_interp.schema import LccpError
 
 TAP_NAME = "lccp_rows"
+FLASH_KERNELS = ("flash_attention_2", "flash_attention_3")
+KERNELS = ("sdpa", "eager", *FLASH_KERNELS)
 RowSink = Callable[[int, Tensor], None]
 """Receives (layer index, weights `[batch, head, event, key]` in float32) once per attention layer."""
+
+CACHED_QUERIES = 1024
+"""Queries per block behind a cache on a CPU: small enough to skip most of the keys that come after them."""
+
+EAGER_BYTES = 2**28
+"""Bytes of attention map held at a time where eager attention is the model's only one."""
 
 
 @dataclass(frozen=True)
 class _Tap:
-    rows: Tensor
+    rows: Tensor | None
     sink: RowSink
     kernel: str
 
@@ -58,23 +68,94 @@ def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | No
     return function
 
 
-def _rows_mask(mask: Tensor | None, rows: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Additive mask `[batch or 1, 1, event, key]` of the chosen query rows.
+def _causal(rows: Tensor, n_queries: int, n_keys: int) -> Tensor:
+    """Bool `[1, 1, row, key]`: what the last `n_queries` of `n_keys` tokens see, for some of them."""
+    positions = rows + (n_keys - n_queries)
+    return (torch.arange(n_keys, device=rows.device)[None, :] <= positions[:, None])[None, None]
 
-    With sdpa a mask of None stands for plain causal attention, so it has to be spelt out here.
+
+def _rows_mask(
+    mask: Tensor | None, rows: Tensor, query: Tensor, key: Tensor, kernel: str, sliding_window: int | None
+) -> Tensor:
+    """Additive float32 mask `[batch or 1, 1, row, key]` of the chosen query rows.
+
+    A mask of None stands for plain causal attention, so it has to be spelt out here; flash kernels get the window as
+    a number and the padding as `[batch, key]`.
     """
     n_queries, n_keys = query.shape[2], key.shape[2]
-    lowest = torch.finfo(query.dtype).min
-    if mask is None:
-        position = rows.to(key.device) + (n_keys - n_queries)
-        allowed = torch.arange(n_keys, device=key.device)[None, :] <= position[:, None]
-        allowed = allowed[None, None]
+    if kernel in FLASH_KERNELS:
+        allowed = _causal(rows, n_queries, n_keys)
+        if sliding_window is not None:
+            positions = rows + (n_keys - n_queries)
+            near = torch.arange(n_keys, device=rows.device)[None, :] > positions[:, None] - sliding_window
+            allowed = allowed & near
+        if mask is not None:
+            allowed = allowed & mask.to(rows.device).bool()[:, None, None, -n_keys:]
+    elif mask is None:
+        allowed = _causal(rows, n_queries, n_keys)
     else:
-        mask = mask[:, :, rows.to(mask.device), :n_keys]
-        if mask.dtype != torch.bool:
-            return mask
-        allowed = mask
-    return torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, lowest)
+        allowed = mask[:, :, rows.to(mask.device), :n_keys]
+        if allowed.dtype != torch.bool:
+            return allowed.float()
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, lowest)
+
+
+def _sliced(kwargs: dict[str, Any], rows: Tensor, n_queries: int) -> dict[str, Any]:
+    """The call's keyword arguments for some of its query rows: a position bias has one row per query."""
+    bias = kwargs.get("position_bias")
+    if isinstance(bias, Tensor) and bias.shape[-2] == n_queries:
+        return {**kwargs, "position_bias": bias[..., rows.to(bias.device), :]}
+    return kwargs
+
+
+def _eager_output(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """The model's eager attention over blocks of queries; the same numbers, without a T x T map."""
+    eager = eager_function(module)
+    batch, n_heads, n_queries, _ = query.shape
+    block = max(1, EAGER_BYTES // (4 * batch * n_heads * key.shape[2]))
+    outputs = []
+    for start in range(0, n_queries, block):
+        rows = torch.arange(start, min(start + block, n_queries), device=query.device)
+        block_mask = _rows_mask(mask, rows, query, key, "eager", None).to(query.dtype)
+        # A float32 minimum becomes -inf in half precision, and a row of nothing but -inf becomes NaN.
+        block_mask = block_mask.clamp(min=torch.finfo(query.dtype).min)
+        own = _sliced(kwargs, rows, n_queries)
+        outputs.append(eager(module, query[:, :, start : start + block], key, value, block_mask, **own)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def _sdpa_output(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """transformers' sdpa attention; causal queries behind a cache keep a fast kernel and need no mask of the whole."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if mask is not None or n_queries in (1, n_keys) or kwargs.get("position_bias") is not None:
+        return sdpa(module, query, key, value, mask, **kwargs)[0]
+    if query.device.type == "cuda":
+        # torch dispatches this bias to flash attention, which aligns causal queries with the last keys.
+        return sdpa(module, query, key, value, causal_lower_right(n_queries, n_keys), **kwargs)[0]
+    outputs = []
+    for start in range(0, n_queries, CACHED_QUERIES):
+        stop = min(start + CACHED_QUERIES, n_queries)
+        seen = n_keys - n_queries + stop
+        allowed = _causal(torch.arange(stop - start, device=query.device), stop - start, seen)
+        block = sdpa(module, query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], allowed, **kwargs)
+        outputs.append(block[0])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _flash_output(kernel: str, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """An installed flash kernel, which looks its own name up in the model's config."""
+    config: Any = module.config
+    config._attn_implementation_internal = kernel
+    try:
+        return ALL_ATTENTION_FUNCTIONS[kernel](module, *args, **kwargs)[0]
+    finally:
+        config._attn_implementation_internal = TAP_NAME
 
 
 def _tapped_attention(
@@ -89,20 +170,59 @@ def _tapped_attention(
             "only what stands before them"
         )
     eager = eager_function(module)
-    kernel = eager if tap.kernel == "eager" else sdpa_attention_forward
-    output, _ = kernel(module, query, key, value, attention_mask, **kwargs)
-    rows = tap.rows.to(query.device)
-    mask = _rows_mask(attention_mask, rows, query, key)
-    _, weights = eager(module, query[:, :, rows], key, value, mask, **kwargs)
-    assert weights is not None
-    tap.sink(int(module.layer_idx), weights.float())  # type: ignore[arg-type]
+    if tap.kernel == "eager":
+        output = _eager_output(module, query, key, value, attention_mask, **kwargs)
+    elif tap.kernel == "sdpa":
+        output = _sdpa_output(module, query, key, value, attention_mask, **kwargs)
+    else:
+        output = _flash_output(tap.kernel, module, query, key, value, attention_mask, **kwargs)
+    if tap.rows is not None:
+        rows = tap.rows.to(query.device)
+        mask = _rows_mask(attention_mask, rows, query, key, tap.kernel, kwargs.get("sliding_window"))
+        # In float32, for half-precision logits tie; of the values one column is enough, the product is not used.
+        _, weights = eager(
+            module,
+            query[:, :, rows].float(),
+            key.float(),
+            value[..., :1].float(),
+            mask,
+            **_sliced(kwargs, rows, query.shape[2]),
+        )
+        assert weights is not None
+        tap.sink(int(module.layer_idx), weights.float())  # type: ignore[arg-type]
     return output, None
 
 
 def _tapped_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask for the active kernel; None for plain causal attention, behind a cache too."""
     tap = _ACTIVE.get()
-    base = eager_mask if tap is not None and tap.kernel == "eager" else sdpa_mask
-    return base(*args, **kwargs)
+    if tap is not None and tap.kernel in FLASH_KERNELS:
+        return flash_attention_mask(*args, **kwargs)
+    if not args and _is_plain_causal(**kwargs):
+        return None
+    return sdpa_mask(*args, **kwargs)
+
+
+def _is_plain_causal(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **_: Any,
+) -> bool:
+    return (
+        allow_is_causal_skip
+        and mask_function is causal_mask_function
+        and local_size is None
+        and (attention_mask is None or bool(attention_mask.all()))
+        and kv_offset == 0
+        and int(q_offset) + q_length == kv_length
+    )
 
 
 AttentionInterface.register(TAP_NAME, _tapped_attention)
@@ -110,25 +230,28 @@ AttentionMaskInterface.register(TAP_NAME, _tapped_mask)
 
 
 @contextlib.contextmanager
-def tap_rows(model: PreTrainedModel, rows: Tensor, sink: RowSink) -> Iterator[None]:
+def tap_rows(model: PreTrainedModel, rows: Tensor | None, sink: RowSink) -> Iterator[None]:
     """Within this context, every forward pass of `model` also hands the weights of `rows` to `sink`.
 
     Args:
         model: a decoder that transformers routes through its attention interface.
-        rows: Int `[event]`, query positions within the forward pass, 0 <= row < number of its tokens.
+        rows: Int `[event]`, query positions within the forward pass, 0 <= row < number of its tokens; None to read
+            nothing and only run as the tap does (bounded masks behind a cache, eager attention in blocks).
         sink: called in every attention layer with (layer index, float32 weights `[batch, head, event, key]`). It
             should reduce them: what it keeps stays in memory.
 
-    The model's attention implementation is restored afterwards, also after an exception.
+    The rows are computed in float32 from the queries and keys of the model's own dtype. The model's attention
+    implementation is restored afterwards, also after an exception.
 
     Raises:
-        LccpError: the architecture cannot be captured, or its current implementation is neither sdpa nor eager.
+        LccpError: the architecture cannot be captured, or its current implementation is none of `KERNELS`.
     """
     kernel = model.config._attn_implementation
-    if kernel not in ("sdpa", "eager"):
+    if kernel not in KERNELS:
         raise LccpError(
-            f"{type(model).__name__} runs attention implementation {kernel!r}; rows are captured over 'sdpa' or "
-            "'eager': load it with load_model(...), or call model.set_attn_implementation('sdpa')"
+            f"{type(model).__name__} runs attention implementation {kernel!r}; rows are captured over "
+            f"{', '.join(map(repr, KERNELS))}: load it with load_model(...), or call "
+            "model.set_attn_implementation('sdpa')"
         )
     if not model._can_set_attn_implementation():
         raise LccpError(
