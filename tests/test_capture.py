@@ -8,13 +8,18 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_model
+from torch.nn.attention.bias import causal_lower_right
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lccp_interp.capture import rows as tap
 from lccp_interp.capture.model import HookedModel, load_model
 from lccp_interp.capture.rows import TAP_NAME, tap_rows
 from lccp_interp.schema import LccpError
 
 ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "hunyuan_v1_moe")
 TOLERANCE = 1e-5
+FIELD = "_attn_implementation_internal"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -112,6 +117,81 @@ def test_rows_go_through_half_precision_in_float32():
     with torch.inference_mode(), tap_rows(model, torch.tensor([39]), got.__setitem__):
         model(prompts(model))
     assert all(weights.dtype == torch.float32 for weights in got.values())
+
+
+@pytest.mark.parametrize(("model_type", "kernel"), [("gemma2", "eager"), ("gpt_oss", "eager"), ("llama", "sdpa")])
+def test_attention_in_blocks_equals_the_whole(monkeypatch, model_type, kernel):
+    model = tiny_model(model_type)
+    assert model.config._attn_implementation == kernel
+    ids = prompts(model)
+    with torch.inference_mode():
+        plain = model(ids).logits
+    monkeypatch.setattr(tap, "EAGER_BYTES", 2 * 4 * 40 * 4 * 7)  # seven queries of 2 x 4 heads x 40 keys
+    monkeypatch.setattr(tap, "CACHED_QUERIES", 7)
+    got = {}
+    with torch.inference_mode():
+        with tap_rows(model, None, got.__setitem__):
+            first = model(ids[:, :12], past_key_values=DynamicCache())
+        with tap_rows(model, torch.tensor([0, 27]), got.__setitem__):
+            second = model(ids[:, 12:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), plain, atol=TOLERANCE, rtol=TOLERANCE)
+    for layer, expected in eager_rows(model, ids, [12, 39]).items():
+        torch.testing.assert_close(got[layer], expected, atol=TOLERANCE, rtol=0)
+
+
+def test_lower_right_bias_is_the_same_attention(monkeypatch):
+    """What a GPU is given behind a cache, computed here."""
+    query, key, value = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 12, 12))
+    module = tiny_model("llama").model.layers[0].self_attn
+    module.num_key_value_groups = 1
+    expected = tap._sdpa_output(module, query, key, value, None, scaling=0.3)
+    bias = causal_lower_right(5, 12)
+    got, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, bias, scaling=0.3)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+
+
+def flash_stand_in(seen):
+    """An attention that takes what flash kernels take: no mask or `[batch, key]`, and the window as a number."""
+
+    def attend(module, query, key, value, attention_mask, *, scaling, sliding_window=None, **kwargs):
+        seen.append(module.config._attn_implementation)
+        n_queries, n_keys = query.shape[2], key.shape[2]
+        at = torch.arange(n_keys - n_queries, n_keys)[:, None]
+        keys = torch.arange(n_keys)[None]
+        allowed = (keys <= at) if sliding_window is None else (keys <= at) & (keys > at - sliding_window)
+        allowed = allowed[None, None]
+        if attention_mask is not None:
+            allowed = allowed & attention_mask[:, None, None].bool()
+        groups = module.num_key_value_groups
+        weights = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+        weights = weights.masked_fill(~allowed, -1e30).softmax(-1)
+        return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
+
+    return attend
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_rows_over_a_flash_kernel(monkeypatch, model_type, padded):
+    model = tiny_model(model_type)
+    ids, rows, seen = prompts(model), [30, 39], []
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 1 - padded
+    expected = eager_rows(model, ids, rows, attention_mask=mask)
+    with torch.inference_mode():
+        plain = model(ids, attention_mask=mask).logits
+    mapping = ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(mapping, "flash_attention_2", flash_stand_in(seen))
+    got = {}
+    monkeypatch.setattr(model, "set_attn_implementation", lambda name: setattr(model.config, FIELD, name))
+    model.set_attn_implementation("flash_attention_2")
+    with torch.inference_mode(), tap_rows(model, torch.tensor(rows), got.__setitem__):
+        tapped = model(ids, attention_mask=mask).logits
+    assert seen == ["flash_attention_2"] * 3
+    assert model.config._attn_implementation == "flash_attention_2"
+    torch.testing.assert_close(tapped[:, 7:], plain[:, 7:], atol=TOLERANCE, rtol=TOLERANCE)
+    for layer, weights in expected.items():
+        torch.testing.assert_close(got[layer], weights, atol=TOLERANCE, rtol=0)
 
 
 def test_other_kernels_are_refused():

@@ -7,6 +7,7 @@ costs the weights; a pass costs a prefill with logits at the answer only.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,27 @@ class HookedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    cache_fault: str = ""
+    """What a self-check found wrong with running a prompt in pieces; then every prompt is run whole."""
 
     @property
     def device(self) -> torch.device:
         """Where inputs go (the embedding's device under a device map)."""
-        return self.model.get_input_embeddings().weight.device
+        embedding = self.model.get_input_embeddings()
+        # Offloaded weights lie on no device between passes; accelerate's hook knows where they will be.
+        hook = getattr(embedding, "_hf_hook", None)
+        placed = getattr(hook, "execution_device", None)
+        return embedding.weight.device if placed is None else torch.device(placed)
+
+    @property
+    def sharing_obstacle(self) -> str:
+        """Why this model's prompts cannot be run in pieces behind a cache; empty if they can."""
+        return self.cache_fault or state_layers(self.model.config.get_text_config())
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a prompt may be run in chunks, and from where it leaves the one before."""
+        return not self.sharing_obstacle
 
     @property
     def n_layers(self) -> int:
@@ -73,11 +90,32 @@ class HookedModel:
             Float32 logits `[batch, n_answer, vocabulary]` on the output's device.
         """
         # The last token predicts nothing that is asked for, so it is not fed.
-        fed = input_ids[:, :-1].to(self.device)
+        fed = input_ids[:, :-1]
         rows = torch.arange(fed.shape[1] - n_answer, fed.shape[1])
         with tap_rows(self.model, rows, sink):
-            output = self.model(input_ids=fed, use_cache=False, logits_to_keep=n_answer)
+            output = self.forward(fed, n_answer)
         return output.logits.float()
+
+    def forward(self, input_ids: Tensor, n_logits: int, *, cache: Any = None, use_cache: bool = False) -> Any:
+        """One pass of the model itself, with logits at the last `n_logits` positions only.
+
+        Args:
+            input_ids: Int `[batch, token]`, on any device.
+            n_logits: positions whose logits are wanted, at least 1.
+            cache: keys and values of the tokens before, as transformers keeps them; None for none.
+            use_cache: whether to hand back keys and values for the next pass.
+
+        Returns:
+            The model's output; `.logits` `[batch, n_logits, vocabulary]`, `.past_key_values`.
+        """
+        options: dict[str, Any] = {"use_cache": use_cache}
+        if cache is not None:
+            options["past_key_values"] = cache
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = n_logits
+        output = self.model(input_ids=input_ids.to(self.device), **options)
+        output.logits = output.logits[:, -n_logits:]
+        return output
 
     @torch.inference_mode()
     def attention_rows(self, input_ids: Tensor, positions: Sequence[int]) -> dict[int, Tensor]:
@@ -104,8 +142,26 @@ class HookedModel:
             captured[layer] = weights.cpu()
 
         with tap_rows(self.model, torch.tensor([position % n_tokens for position in positions]), keep):
-            self.model(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=1)
+            self.forward(input_ids, 1)
         return dict(sorted(captured.items()))
+
+
+KEY_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers (transformers' `layer_types`) whose past is keys and values, which can be cropped to any prefix."""
+
+
+def state_layers(config: Any) -> str:
+    """What in a text config keeps prompts from being run in pieces: layers whose past is a state.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> state_layers(SimpleNamespace(layer_types=["linear_attention", "full_attention"]))
+        'its linear_attention layers carry a state that cannot be cropped'
+        >>> state_layers(SimpleNamespace(layer_types=["sliding_attention"]))
+        ''
+    """
+    kinds = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - set(KEY_LAYERS))
+    return f"its {', '.join(kinds)} layers carry a state that cannot be cropped" if kinds else ""
 
 
 def load_model(

@@ -49,7 +49,7 @@ def walk(cases: Sequence[Case]) -> list[Visit]:
     visits = []
     before = np.empty(0, dtype=np.int32)
     for index in order:
-        kept = min(_common(before, fed[index]), len(cases[index].prompt_ids) - 1)
+        kept = min(common_prefix(before, fed[index]), len(cases[index].prompt_ids) - 1)
         visits.append(Visit(index=index, kept=kept, fed=len(fed[index])))
         before = fed[index]
     return visits
@@ -65,7 +65,13 @@ def tokens_run(visits: Sequence[Visit]) -> int:
     return sum(visit.fed - visit.kept for visit in visits)
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two sequences have in common at their beginnings.
+
+    Example:
+        >>> common_prefix(np.array([1, 2, 3]), np.array([1, 2, 4, 5]))
+        2
+    """
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])
     return int(differing[0]) if len(differing) else n
