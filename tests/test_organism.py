@@ -36,6 +36,7 @@ def tokenizer():
 @example(text="Mara's ☂\r\n  code\t▁ \0 <s> é  Theodore amber river. \n\n The  ")
 @example(text="")
 @example(text=" ")
+@example(text="\0\0 \x01\x01")
 @example(text="👩‍👩‍👧 naïve\x85\u2028end")
 def test_tokenizer_is_lossless_on_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text

@@ -53,7 +53,7 @@ def build_tokenizer() -> Tokenizer:
 
     words = vocabulary()
     scored = [(word, _BYTE_SCORE if i < 256 else _WORD_SCORE) for i, word in enumerate(words)]
-    tokenizer = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=False))
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=None, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
