@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lccp_interp.capture import architectures
 from lccp_interp.organism.tokenizer import save_tokenizer
 
 torch.set_num_threads(1)
 
 
-def tiny_model(model_type: str, *, seed: int = 0, vocab_size: int = 700, **changes: object) -> torch.nn.Module:
-    """A random decoder of `model_type` with 3 layers and 4 heads; large weights make its attention uneven."""
-    from transformers import AutoConfig
-
-    settings: dict[str, object] = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 8192,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    if model_type == "hunyuan_v1_moe":
-        settings |= {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 24}
-    if model_type == "gemma3_text":
-        settings |= {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**settings, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    return model.eval()
+def tiny_model(
+    model_type: str, *, seed: int = 0, weight_std: float | None = None, **changes: object
+) -> torch.nn.Module:
+    """A random decoder of `model_type` out of the table of architectures, with 3 layers and 4 heads."""
+    architecture = architectures.named(model_type)
+    if weight_std is not None:
+        architecture = dataclasses.replace(architecture, weight_std=weight_std)
+    if "layer_types" in architecture.changes:
+        changes = {"layer_types": list(architecture.changes["layer_types"])[:3], **changes}
+    return architectures.tiny_model(architecture, seed=seed, num_hidden_layers=3, **changes)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +37,9 @@ def make_checkpoint(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         save_tokenizer(folder)
         vocab_size = len(AutoTokenizer.from_pretrained(folder))
-        tiny_model("llama", seed=seed, vocab_size=vocab_size, **changes).save_pretrained(folder)
+        # Weights large enough that heads attend to single tokens.
+        model = tiny_model("llama", seed=seed, weight_std=0.3, vocab_size=vocab_size, **changes)
+        model.save_pretrained(folder)
         return folder
 
     return make

@@ -139,15 +139,26 @@ def test_attention_in_blocks_equals_the_whole(monkeypatch, model_type, kernel):
         torch.testing.assert_close(got[layer], expected, atol=TOLERANCE, rtol=0)
 
 
-def test_lower_right_bias_is_the_same_attention(monkeypatch):
-    """What a GPU is given behind a cache, computed here."""
-    query, key, value = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 12, 12))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_queries", [2, 5, 11])
+@pytest.mark.parametrize("n_kv_heads", [2, 4])
+def test_every_way_behind_a_cache_is_masked_attention(monkeypatch, n_queries, n_kv_heads, dtype):
+    """In two parts (CPU), with a lower-right bias (GPU), and in blocks (other devices, values of another size)."""
     module = tiny_model("llama").model.layers[0].self_attn
-    module.num_key_value_groups = 1
-    expected = tap._sdpa_output(module, query, key, value, None, scaling=0.3)
-    bias = causal_lower_right(5, 12)
-    got, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, bias, scaling=0.3)
-    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+    module.num_key_value_groups = 4 // n_kv_heads
+    generator = torch.Generator().manual_seed(n_queries)
+    query = torch.randn(2, 4, n_queries, 8, generator=generator).to(dtype)
+    key, value = (torch.randn(2, n_kv_heads, 12, 8, generator=generator).to(dtype) for _ in range(2))
+    allowed = torch.ones(n_queries, 12, dtype=torch.bool).tril(12 - n_queries)[None, None]
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    expected, _ = sdpa(module, query, key, value, allowed, scaling=0.3)
+    close = {"atol": TOLERANCE if dtype == torch.float32 else 0.02, "rtol": 0}
+    torch.testing.assert_close(tap._sdpa_output(module, query, key, value, None, scaling=0.3), expected, **close)
+    biased, _ = sdpa(module, query, key, value, causal_lower_right(n_queries, 12), scaling=0.3)
+    torch.testing.assert_close(biased, expected, **close)
+    monkeypatch.setattr(tap, "CACHED_QUERIES", 3)
+    narrow = tap._sdpa_output(module, query, key, value[..., :4], None, scaling=0.3)
+    torch.testing.assert_close(narrow, expected[..., :4], **close)
 
 
 def flash_stand_in(seen):

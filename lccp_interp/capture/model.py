@@ -8,6 +8,7 @@ costs the weights; a pass costs a prefill with logits at the answer only.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from lccp_interp.checkpoints import read_config, verify_folder
 from lccp_interp.schema import LccpError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -112,7 +113,8 @@ class HookedModel:
         if cache is not None:
             options["past_key_values"] = cache
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            options["logits_to_keep"] = n_logits
+            # Positions, not their number: told a number, some models let their last layers skip all other queries.
+            options["logits_to_keep"] = torch.arange(input_ids.shape[1] - n_logits, input_ids.shape[1])
         output = self.model(input_ids=input_ids.to(self.device), **options)
         output.logits = output.logits[:, -n_logits:]
         return output
@@ -160,6 +162,8 @@ def state_layers(config: Any) -> str:
         >>> state_layers(SimpleNamespace(layer_types=["sliding_attention"]))
         ''
     """
+    if getattr(config, "keep_window_size", None):
+        return "its layers keep the keys that score highest, ties settled by how many there are"
     kinds = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - set(KEY_LAYERS))
     return f"its {', '.join(kinds)} layers carry a state that cannot be cropped" if kinds else ""
 
@@ -183,7 +187,7 @@ def load_model(
 
     Raises:
         LccpError: no such folder, no weights or tokenizer in it, a truncated weight file, an architecture that this
-            transformers does not know.
+            transformers does not know or whose attention cannot be captured.
 
     Example:
         >>> load_model("no/such/place/at-all")
@@ -193,6 +197,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    # The config first: of a model that is no decoder nothing else needs to be right, or read.
+    read_architecture(checkpoint, revision=revision)
     if not _is_hub_id(checkpoint):
         verify_folder(Path(checkpoint))
     device, dtype = resolve(device, dtype, checkpoint) if device_map is None else (device, dtype)
@@ -211,18 +217,84 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises nearly every type on a broken config or file
-        raise LccpError(f"checkpoint {checkpoint} cannot be loaded: {_one_line(error)}") from error
+        raise LccpError(f"checkpoint {checkpoint} cannot be loaded: {one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(before)
     _refuse_other_weights(checkpoint, type(model).__name__, loading)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise LccpError(f"checkpoint {checkpoint} is an encoder-decoder ({type(model).__name__}); give a decoder")
     if device_map is None:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise LccpError(f"device {device!r} cannot be used: {_one_line(error)}; try --device cpu") from error
-    return HookedModel(model=model.eval(), tokenizer=tokenizer, name=Path(checkpoint).name)
+            raise LccpError(f"device {device!r} cannot be used: {one_line(error)}; try --device cpu") from error
+    return HookedModel(model=model.eval(), tokenizer=tokenizer, name=folder_name(checkpoint))
+
+
+WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "dense", "sparse")
+"""Kinds of layers (transformers' `layer_types`) that have no attention weights."""
+
+
+def read_architecture(checkpoint: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a checkpoint, if it is of a decoder whose attention may be captured; no weights are read.
+
+    Args:
+        checkpoint: a local folder with a config.json, or a hub id.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        LccpError: no config, a model type that transformers does not know, an encoder-decoder, a model that is no
+            language model, one that attends in both directions, or one without attention or outside the attention
+            interface.
+
+    Example:
+        >>> from lccp_interp.checkpoints import bundled_trajectory
+        >>> read_architecture(bundled_trajectory()[-1].path).model_type
+        'llama'
+    """
+    from transformers import AutoConfig
+
+    if not _is_hub_id(checkpoint):
+        if not Path(checkpoint).is_dir():
+            verify_folder(Path(checkpoint))
+        read_config(Path(checkpoint))
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly every type on a broken config
+        if "trust_remote_code" in str(error):
+            raise LccpError(
+                f"checkpoint {checkpoint} brings modelling code of its own, which is never run here; give a model type "
+                "that transformers knows, or convert it to one"
+            ) from error
+        nor_here = f"; nor is there a folder {checkpoint}" if _is_hub_id(checkpoint) else ""
+        raise LccpError(f"checkpoint {checkpoint} cannot be loaded: {one_line(error)}{nor_here}") from error
+    if obstacle := _architecture_obstacle(config):
+        raise LccpError(f"checkpoint {checkpoint} {obstacle}")
+    return config
+
+
+def _architecture_obstacle(config: PreTrainedConfig) -> str:
+    """Why attention cannot be captured, as far as a config tells; empty if it may be."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind, decoders = config.model_type, "give a decoder such as Llama, Qwen or HunYuan"
+    if config.is_encoder_decoder:
+        return f"is an encoder-decoder ({kind}), whose answers do not stand behind their prompt; {decoders}"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return f"is no text decoder: transformers has no causal language model of type {kind!r}; {decoders}"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False:
+        return f"is an encoder (model_type {kind!r}), which attends in both directions; {decoders}"
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if layers and layers <= set(WITHOUT_ATTENTION):
+        return (
+            f"is a state-space or recurrent model ({kind}) and has no attention layers, only "
+            f"{', '.join(sorted(layers))}: there are no heads to score; give a model with attention"
+        )
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not architecture._can_set_attn_implementation():
+        return (
+            f"({architecture.__name__}) does not route attention through transformers' AttentionInterface: its rows "
+            f"cannot be captured; {decoders}"
+        )
+    return ""
 
 
 def resolve(device: str, dtype: str, checkpoint: str | Path) -> tuple[str, str]:
@@ -242,7 +314,7 @@ def resolve(device: str, dtype: str, checkpoint: str | Path) -> tuple[str, str]:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise LccpError(f"device {device!r} cannot be used: {_one_line(error)}; try --device cpu") from error
+        raise LccpError(f"device {device!r} cannot be used: {one_line(error)}; try --device cpu") from error
     if kind == "meta":
         raise LccpError("device 'meta' holds no numbers and cannot be used; try --device cpu")
     if dtype == "auto" and kind == "cpu":
@@ -251,6 +323,16 @@ def resolve(device: str, dtype: str, checkpoint: str | Path) -> tuple[str, str]:
         config = read_config(Path(checkpoint))
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return device, dtype
+
+
+def folder_name(checkpoint: str | Path) -> str:
+    """The name a checkpoint goes by: that of its folder, also where it is given as `.`.
+
+    Example:
+        >>> folder_name("runs/step-100/"), folder_name("organisation/name")
+        ('step-100', 'name')
+    """
+    return os.path.basename(os.path.abspath(checkpoint))
 
 
 def _is_hub_id(checkpoint: str | Path) -> bool:
@@ -280,9 +362,9 @@ def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> Pr
     try:
         return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
-        raise LccpError(f"the tokenizer of {checkpoint} cannot be loaded: {_one_line(error)}") from error
+        raise LccpError(f"the tokenizer of {checkpoint} cannot be loaded: {one_line(error)}") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."

@@ -119,8 +119,9 @@ class Prefill:
     def _keep(self, wanted: np.ndarray, rows_from: int) -> int:
         """Crop the cache to what the prompt shares with it; returns how many tokens that is."""
         n_common = min(common_prefix(self._held, wanted), rows_from)
-        if not self.model.shares_prefixes and (n_common < len(self._held) or len(wanted) - n_common > 1):
-            # A state can be carried on by a token, not taken back.
+        goes_on = n_common == len(self._held) and len(wanted) - n_common == 1
+        if self.model.cache_fault or (self.model.sharing_obstacle and not goes_on):
+            # A state can be carried on by a token, not taken back; a cache that was found wrong is not used at all.
             n_common = 0
         if self._cache is None or n_common == 0:
             self.forget()

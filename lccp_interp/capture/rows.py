@@ -17,7 +17,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ RowSink = Callable[[int, Tensor], None]
 """Receives (layer index, weights `[batch, head, event, key]` in float32) once per attention layer."""
 
 CACHED_QUERIES = 1024
-"""Queries per block behind a cache on a CPU: small enough to skip most of the keys that come after them."""
+"""Queries per block behind a cache, where no kernel does it whole: few enough to skip most of the keys after them."""
 
 EAGER_BYTES = 2**28
 """Bytes of attention map held at a time where eager attention is the model's only one."""
@@ -47,6 +47,10 @@ class _Tap:
     rows: Tensor | None
     sink: RowSink
     kernel: str
+    called: set[int] = field(default_factory=set)
+    """Layers whose attention was called in the forward pass that is under way."""
+    n_keys: set[int] = field(default_factory=set)
+    """Numbers of keys that masks were made for: those of tokens, one per kind of layer and pass."""
 
 
 _ACTIVE: ContextVar[_Tap | None] = ContextVar("lccp_active_tap", default=None)
@@ -138,6 +142,8 @@ def _sdpa_output(
     if query.device.type == "cuda":
         # torch dispatches this bias to flash attention, which aligns causal queries with the last keys.
         return sdpa(module, query, key, value, causal_lower_right(n_queries, n_keys), **kwargs)[0]
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and not kwargs.get("dropout"):
+        return _two_part_output(query, key, value, kwargs.get("scaling"))
     outputs = []
     for start in range(0, n_queries, CACHED_QUERIES):
         stop = min(start + CACHED_QUERIES, n_queries)
@@ -146,6 +152,25 @@ def _sdpa_output(
         block = sdpa(module, query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], allowed, **kwargs)
         outputs.append(block[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _two_part_output(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention behind a cache on a CPU: over the cached keys without a mask, over the new ones causally.
+
+    The parts are joined by their log-sum-exps, which is exact, and takes half of what a mask does.
+    """
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    batch, n_heads, n_queries, d_head = query.shape
+    n_kv_heads, n_cached = key.shape[1], key.shape[2] - n_queries
+    groups = n_heads // n_kv_heads
+    # Without a mask the queries of a group of heads are as good as more queries of one head: no key is repeated.
+    grouped = query.reshape(batch, n_kv_heads, groups * n_queries, d_head)
+    cached, cached_lse = attend(grouped, key[:, :, :n_cached], value[:, :, :n_cached], 0.0, False, scale=scale)
+    new_key, new_value = (part[:, :, n_cached:].repeat_interleave(groups, dim=1) for part in (key, value))
+    new, new_lse = attend(query, new_key, new_value, 0.0, True, scale=scale)
+    share = torch.sigmoid(cached_lse.reshape(batch, n_heads, n_queries) - new_lse).unsqueeze(-1)
+    joined = torch.lerp(new.float(), cached.reshape(query.shape).float(), share.float())
+    return joined.to(query.dtype).transpose(1, 2).contiguous()
 
 
 def _flash_output(kernel: str, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,18 +183,59 @@ def _flash_output(kernel: str, module: nn.Module, *args: Any, **kwargs: Any) -> 
         config._attn_implementation_internal = TAP_NAME
 
 
+def _chosen_keys(mask: Tensor | None, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
+    """Bool mask of the keys that a sparse layer's indexer, `[batch, query, choice]`, leaves to each query.
+
+    Such layers narrow the mask themselves for the kernels they know by name and hand any other one the indices.
+    """
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    chosen = torch.zeros((*indices.shape[:2], n_keys), dtype=torch.bool, device=indices.device)
+    chosen.scatter_(-1, indices.long(), True)
+    seen = _causal(torch.arange(n_queries, device=indices.device), n_queries, n_keys) if mask is None else mask
+    return seen & chosen[:, None]
+
+
+def _layer(module: nn.Module, key: Tensor, tap: _Tap, **kwargs: Any) -> int:
+    """Index of the layer that calls; refuses what is no layer's one attention over the prompt's tokens."""
+    name = type(module).__name__
+    if not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
+        raise LccpError(
+            f"{name} attends in both directions; copy events are read from decoders, whose tokens see only what stands "
+            "before them"
+        )
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or layer < 0:
+        raise LccpError(f"{name} does not know which layer it is in (layer_idx {layer}): its rows cannot be told apart")
+    if layer in tap.called:
+        raise LccpError(
+            f"{name} runs layer {layer}'s attention more than once in a forward pass: no one pattern is the layer's, "
+            "and its rows cannot be captured"
+        )
+    tap.called.add(layer)
+    for choice in ("block_indices", "indices") if tap.kernel in FLASH_KERNELS else ("block_indices",):
+        if kwargs.get(choice) is not None:
+            raise LccpError(
+                f"{name} lets kernel {tap.kernel!r} choose keys by {choice}, which the tap does not know: its rows "
+                "cannot be captured"
+            )
+    if tap.n_keys and key.shape[2] not in tap.n_keys:
+        raise LccpError(
+            f"{name} attends to {key.shape[2]} keys in layer {layer} where {max(tap.n_keys)} tokens were read: its "
+            "keys are not tokens, and its rows cannot be captured"
+        )
+    return int(layer)
+
+
 def _tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     tap = _ACTIVE.get()
     if tap is None:
         raise LccpError(f"attention implementation {TAP_NAME!r} was called outside of `tap_rows`; set another one")
-    if not kwargs.get("is_causal", True) or not getattr(module, "is_causal", True):
-        raise LccpError(
-            f"{type(module).__name__} attends in both directions; copy events are read from decoders, whose tokens see "
-            "only what stands before them"
-        )
+    layer = _layer(module, key, tap, **kwargs)
     eager = eager_function(module)
+    if (indices := kwargs.pop("indices", None)) is not None:
+        attention_mask = _chosen_keys(attention_mask, query, key, indices)
     if tap.kernel == "eager":
         output = _eager_output(module, query, key, value, attention_mask, **kwargs)
     elif tap.kernel == "sdpa":
@@ -189,13 +255,15 @@ def _tapped_attention(
             **_sliced(kwargs, rows, query.shape[2]),
         )
         assert weights is not None
-        tap.sink(int(module.layer_idx), weights.float())  # type: ignore[arg-type]
+        tap.sink(layer, weights.float())
     return output, None
 
 
 def _tapped_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask for the active kernel; None for plain causal attention, behind a cache too."""
     tap = _ACTIVE.get()
+    if tap is not None and "kv_length" in kwargs:
+        tap.n_keys.add(int(kwargs["kv_length"]))
     if tap is not None and tap.kernel in FLASH_KERNELS:
         return flash_attention_mask(*args, **kwargs)
     if not args and _is_plain_causal(**kwargs):
@@ -259,9 +327,12 @@ def tap_rows(model: PreTrainedModel, rows: Tensor | None, sink: RowSink) -> Iter
             "cannot be captured"
         )
     model.set_attn_implementation(TAP_NAME)
-    token = _ACTIVE.set(_Tap(rows=rows, sink=sink, kernel=kernel))
+    tap = _Tap(rows=rows, sink=sink, kernel=kernel)
+    token = _ACTIVE.set(tap)
+    new_pass = model.base_model.register_forward_pre_hook(lambda module, inputs: tap.called.clear())
     try:
         yield
     finally:
+        new_pass.remove()
         _ACTIVE.reset(token)
         model.set_attn_implementation(kernel)
