@@ -165,7 +165,10 @@ class CaseResult:
     """What one model did on one case.
 
     `scores[metric]` is a float32 array `[layer, head]`, rows in the order of `layers` (true layer indices, for models
-    in which not every layer has attention). `answer_loss_nats` is float32 `[answer_token]`.
+    in which not every layer has attention), NaN where the case does not count. `answer_loss_nats` is float32
+    `[answer_token]`, of the gold answer in every mode. `greedy_ids` are the likeliest tokens: teacher-forced, one
+    behind each prefix of the answer; in generate mode what the model wrote, as long as that is. Only generate mode has
+    `generated` (that text) and `rouge1_recall` (the share of the source's words in it, 0..1).
     """
 
     case_id: str
@@ -173,6 +176,8 @@ class CaseResult:
     scores: dict[str, np.ndarray] = field(repr=False)
     answer_loss_nats: np.ndarray = field(repr=False)
     greedy_ids: tuple[int, ...] = ()
+    rouge1_recall: float | None = None
+    generated: str | None = None
 
     @property
     def answer_ppl(self) -> float:

@@ -215,7 +215,8 @@ def result_frames(
         checkpoint: whose results these are.
         mode: `teacher_forced` or `generate`.
         results: one per case.
-        answers: answer token ids by case id, to judge the greedy path.
+        answers: answer token ids by case id, to judge the greedy path: exact if it is the answer, or, where the model
+            wrote on its own, begins with it.
     """
     score_parts = []
     outcome_rows = []
@@ -234,7 +235,9 @@ def result_frames(
                 )
             )
         answer = tuple(answers[result.case_id])
-        correct = sum(got == expected for got, expected in zip(result.greedy_ids, answer, strict=True))
+        # What a model wrote may be shorter or longer than the answer; teacher-forced there is a token for each.
+        teacher_forced = result.generated is None
+        correct = sum(got == expected for got, expected in zip(result.greedy_ids, answer, strict=teacher_forced))
         outcome_rows.append(
             {
                 "checkpoint": checkpoint.name,
@@ -245,8 +248,8 @@ def result_frames(
                 "answer_ppl": result.answer_ppl,
                 "greedy_exact": correct == len(answer),
                 "token_accuracy": correct / len(answer),
-                "rouge1_recall": None,
-                "generated": None,
+                "rouge1_recall": result.rouge1_recall,
+                "generated": result.generated,
             }
         )
     scores = pl.concat(score_parts).with_columns(
@@ -459,6 +462,12 @@ class RunWriter:
         if ordered != self.manifest["checkpoints"]:
             self.manifest["checkpoints"] = ordered
             write_json(self.path / "run.json", self.manifest)
+
+    def record_execution(self, record: Mapping[str, Any]) -> None:
+        """Add to run.json how and where a part of the work was done (one record per call of the sweep that did any)."""
+        self.manifest = Run.open(self.path).manifest  # another writer may have added to it
+        self.manifest.setdefault("executions", []).append(dict(record))
+        write_json(self.path / "run.json", self.manifest)
 
     def is_done(self, checkpoint: str, shard: int) -> bool:
         """Whether the unit's parts are there and whole."""

@@ -1,30 +1,36 @@
 """The sweep: every checkpoint of a trajectory scored on the same cases, into a run folder, resumable at any point.
 
 The unit of work is (checkpoint, shard of cases). Units whose parts exist are skipped, a checkpoint all of whose units
-are done is not even loaded. This module joins the stages up to the store; it refuses to know what becomes of the
-tables. Cost: one load per checkpoint, one prefill per case and checkpoint.
+are done is not even loaded. The first model that is loaded has to prove that its attention is captured rightly before
+anything is scored. This module joins the stages up to the store; it refuses to know what becomes of the tables. Cost:
+one load per checkpoint, at most one prefill per case and checkpoint (generate mode: and the tokens it decodes).
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lccp_interp.checkpoints import find_checkpoints, read_config, refuse_ambiguous, tokenizer_hash
-from lccp_interp.schema import Case, Checkpoint, LccpError, Needle
+from lccp_interp.schema import Case, CaseResult, Checkpoint, LccpError, Needle
 from lccp_interp.store import Run, RunWriter, result_frames
 
 if TYPE_CHECKING:
+    from lccp_interp.capture.model import HookedModel
+    from lccp_interp.scoring.metrics import HeadMetric
     from lccp_interp.tasks.niah import NiahGrid
 
 CASES_PER_SHARD = 64
 """Cases per unit of work: what an interruption can cost at most."""
 
 DEFAULT_METRICS = ("retrieval", "wu", "copy", "needle_mass")
-MODE = "teacher_forced"
+MODES = ("teacher_forced", "generate")
+SHARING = ("auto", "on", "off")
 
 Progress = Callable[[int, int, str], None]
 """Told (tokens done, tokens in all, what is going on); tokens are what the time goes into."""
@@ -41,6 +47,31 @@ class _Unit:
         return sum(case.length for case in self.cases)
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done; none of it changes what a study is, so a run may be resumed with another one.
+
+    Attributes:
+        device: `auto`, `cpu`, `cuda`, ...; see `load_model`.
+        device_map: as in transformers, `auto` to spread the layers over all devices; None for one device.
+        sharing: whether cases run along their prefix tree, `auto`, `on` or `off`; see `score_cases`.
+        chunk_tokens: tokens per forward pass of a long prompt, at least 1.
+        self_check: whether the first model has to prove that its attention is captured rightly.
+    """
+
+    device: str = "auto"
+    device_map: str | None = None
+    sharing: str = "auto"
+    chunk_tokens: int = 4096
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sharing not in SHARING:
+            raise LccpError(f"unknown sharing {self.sharing!r}; known: {', '.join(SHARING)}")
+        if self.chunk_tokens < 1:
+            raise LccpError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}; the usual number is 4096")
+
+
 def score(
     checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkpoint],
     out: str | Path,
@@ -52,9 +83,14 @@ def score(
     haystack: str | None = None,
     prompt: str | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
+    mode: str = "teacher_forced",
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    device_map: str | None = None,
+    sharing: str = "auto",
+    chunk_tokens: int = 4096,
+    self_check: bool = True,
     progress: Progress | None = None,
 ) -> Run:
     """Score the heads of every checkpoint on one grid of needle-in-a-haystack cases.
@@ -69,9 +105,14 @@ def score(
         haystack: text to hide them in; None writes it in the organism's language.
         prompt: template with `{context}` and `{question}`; None for the paper's form.
         metrics: names out of `lccp_interp.scoring.metrics.METRICS`.
+        mode: `teacher_forced` (arXiv 2604.02650) or `generate` (arXiv 2404.15574: greedy decoding, ROUGE-1 gate).
         seed: of needles, haystacks and their order.
         device: `auto`, `cpu`, `cuda`, ...; see `load_model`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`; see `load_model`.
+        device_map: `auto` spreads the layers over all devices, and over memory and disk where they do not fit.
+        sharing: whether prompts share their prefixes: `auto`, `on` or `off`; see `score_cases`.
+        chunk_tokens: tokens per forward pass of a long prompt.
+        self_check: whether the first model has to prove that its attention is captured rightly.
         progress: told (tokens done, tokens in all, message).
 
     Returns:
@@ -94,7 +135,17 @@ def score(
         prompt=PAPER_PROMPT if prompt is None else prompt,
         seed=seed,
     )
-    return score_grid(_resolve(checkpoints), out, grid, metrics=metrics, device=device, dtype=dtype, progress=progress)
+    execution = Execution(device, device_map, sharing, chunk_tokens, self_check)
+    return score_grid(
+        _resolve(checkpoints),
+        out,
+        grid,
+        metrics=metrics,
+        mode=mode,
+        dtype=dtype,
+        execution=execution,
+        progress=progress,
+    )
 
 
 def score_grid(
@@ -103,28 +154,33 @@ def score_grid(
     grid: NiahGrid,
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
-    device: str = "auto",
+    mode: str = "teacher_forced",
     dtype: str = "auto",
+    execution: Execution | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """`score` for a grid that is built already; same rules, same errors."""
     from lccp_interp.capture.model import load_model, load_tokenizer, resolve
-    from lccp_interp.scoring.engine import score_cases
+    from lccp_interp.capture.prefill import release_memory
+    from lccp_interp.scoring.generate import MAX_NEW_TOKENS
     from lccp_interp.scoring.metrics import select_metrics
     from lccp_interp.tasks.niah import build_cases
 
+    if mode not in MODES:
+        raise LccpError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    execution = execution or Execution()
     chosen = select_metrics(metrics)
     report = progress or (lambda done, total, message: None)
     tokenizer_id = _common_tokenizer(checkpoints)
-    device, dtype = resolve(device, dtype, checkpoints[0].path)
+    device, dtype = resolve(execution.device, dtype, checkpoints[0].path)
     for checkpoint in checkpoints:
-        _check_lengths(checkpoint, max(grid.lengths))
+        _check_lengths(checkpoint, max(grid.lengths), MAX_NEW_TOKENS if mode == "generate" else 0)
     report(0, 0, "building cases")
     cases = build_cases(grid, load_tokenizer(checkpoints[0].path))
     _check_vocabulary(checkpoints, cases)
     config = {
         **grid.config(),
-        "mode": MODE,
+        "mode": mode,
         "metrics": list(chosen),
         "backend": "transformers",
         "dtype": dtype,
@@ -139,12 +195,16 @@ def score_grid(
     total = sum(unit.n_tokens for unit in units)
     done = sum(unit.n_tokens for unit in units if writer.is_done(unit.checkpoint.name, unit.shard))
     report(done, total, "resuming" if done else "starting")
+    cache_fault: str | None = None
     for checkpoint in checkpoints:
         open_units = [u for u in units if u.checkpoint is checkpoint and not writer.is_done(checkpoint.name, u.shard)]
         if not open_units:
             continue
         report(done, total, checkpoint.name)
-        model = load_model(checkpoint.path, device=device, dtype=dtype)
+        model = load_model(checkpoint.path, device=device, dtype=dtype, device_map=execution.device_map)
+        if cache_fault is None:
+            cache_fault = _prove(model, writer, execution)
+        model = replace(model, cache_fault=cache_fault)
         for unit in open_units:
 
             def advance(n_tokens: int, name: str = checkpoint.name) -> None:
@@ -152,11 +212,52 @@ def score_grid(
                 done += n_tokens
                 report(done, total, name)
 
-            results = score_cases(model, unit.cases, chosen, on_tokens=advance)
-            scores, outcomes = result_frames(checkpoint, MODE, results, answers)
+            results = _score(model, unit.cases, chosen, mode, execution, advance)
+            scores, outcomes = result_frames(checkpoint, mode, results, answers)
             writer.append(checkpoint.name, unit.shard, scores=scores, outcomes=outcomes)
+        # Two checkpoints of a large model may not fit side by side.
+        del model
+        release_memory()
     report(total, total, "done")
     return Run.open(out)
+
+
+def _score(
+    model: HookedModel,
+    cases: Sequence[Case],
+    metrics: dict[str, HeadMetric],
+    mode: str,
+    execution: Execution,
+    advance: Callable[[int], None],
+) -> list[CaseResult]:
+    from lccp_interp.scoring.engine import score_cases
+    from lccp_interp.scoring.generate import score_generated
+
+    if mode == "generate":
+        return score_generated(model, cases, metrics, chunk_tokens=execution.chunk_tokens, on_tokens=advance)
+    sharing: Any = execution.sharing
+    return score_cases(model, cases, metrics, sharing=sharing, chunk_tokens=execution.chunk_tokens, on_tokens=advance)
+
+
+def _prove(model: HookedModel, writer: RunWriter, execution: Execution) -> str:
+    """Check the first model and put on record how the work is done; returns what keeps its prompts whole, if anything.
+
+    One model speaks for the trajectory: its checkpoints differ in numbers, and broken numbers show as NaN.
+    """
+    from lccp_interp.capture.selfcheck import self_check
+
+    checked = self_check(model).require() if execution.self_check else None
+    writer.record_execution(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": str(model.device),
+            "device_map": execution.device_map,
+            "sharing": execution.sharing,
+            "chunk_tokens": execution.chunk_tokens,
+            "self_check": "skipped (--no-self-check)" if checked is None else checked.as_record(),
+        }
+    )
+    return "" if checked is None or checked.shares_prefixes else checked.sharing
 
 
 def _resolve(checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkpoint]) -> list[Checkpoint]:
@@ -190,22 +291,31 @@ def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def _check_lengths(checkpoint: Checkpoint, longest: int) -> None:
+def _check_lengths(checkpoint: Checkpoint, longest: int, written: int) -> None:
     """Refuse lengths beyond learned positions; warn where rotary positions let the model run on untrained ground."""
     config = _text_config(checkpoint)
     limit = config.get("max_position_embeddings") or config.get("n_positions")
-    if not isinstance(limit, int) or longest <= limit:
+    if not isinstance(limit, int) or longest + written <= limit:
         return
     if not any(key.startswith("rope") or key == "rotary_pct" for key in config):
+        more = f", and {written} more may be written" if written else ""
         raise LccpError(
-            f"checkpoint {checkpoint.name!r} has {limit} learned positions, --lengths asks for {longest} tokens; "
-            f"ask for at most {limit}"
+            f"checkpoint {checkpoint.name!r} has {limit} learned positions, --lengths asks for {longest} tokens{more}; "
+            f"ask for at most {limit - written}"
         )
+    if longest <= limit:
+        return
     warnings.warn(
         f"checkpoint {checkpoint.name!r} is made for {limit} positions (max_position_embeddings), {longest} tokens are "
-        "asked for; its scores there are extrapolation",
+        f"asked for; its scores there are extrapolation (RoPE: {_rope_setting(config)})",
         stacklevel=3,
     )
+
+
+def _rope_setting(config: dict[str, Any]) -> str:
+    """How a config sets its rotary positions, in the names of its own keys."""
+    keys = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+    return ", ".join(f"{key} {json.dumps(config[key])}" for key in keys if config.get(key) is not None) or "not set"
 
 
 def _check_vocabulary(checkpoints: Sequence[Checkpoint], cases: Sequence[Case]) -> None:

@@ -77,6 +77,34 @@ def test_tables_hold_what_was_put_in(tmp_path):
     assert cases_from_frame(run.cases) == make_cases()
 
 
+@pytest.mark.parametrize(
+    ("written", "exact", "accuracy"),
+    [((2, 3), True, 1.0), ((2, 3, 10), True, 1.0), ((2,), False, 0.5), ((2, 9, 3), False, 0.5), ((10,), False, 0.0)],
+)
+def test_what_a_model_wrote_is_right_if_it_begins_with_the_answer(written, exact, accuracy):
+    result = CaseResult(
+        case_id="c0",
+        layers=(0,),
+        scores={"wu": np.full((1, 2), np.nan, dtype=np.float32)},
+        answer_loss_nats=np.array([0.5, 1.5], dtype=np.float32),
+        greedy_ids=written,
+        rouge1_recall=0.25,
+        generated="blue heron",
+    )
+    scores, outcomes = result_frames(make_checkpoint(), "generate", [result], {"c0": (2, 3)})
+    assert scores["mode"].to_list() == ["generate"] * 2
+    assert scores["value"].is_nan().all()
+    row = outcomes.row(0, named=True)
+    assert (row["greedy_exact"], row["token_accuracy"]) == (exact, accuracy)
+    assert (row["rouge1_recall"], row["generated"], row["mode"]) == (0.25, "blue heron", "generate")
+
+
+def test_teacher_forced_there_is_a_token_for_each_of_the_answer():
+    result = CaseResult("c0", (0,), {"wu": np.zeros((1, 1), np.float32)}, np.zeros(2, np.float32), (2,))
+    with pytest.raises(ValueError, match="longer"):
+        result_frames(make_checkpoint(), "teacher_forced", [result], {"c0": (2, 3)})
+
+
 def test_the_order_of_writing_does_not_matter(tmp_path):
     fill(tmp_path / "one", order=(0, 1))
     fill(tmp_path / "two", order=(1, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -147,11 +148,14 @@ def edited(checkpoint, tmp_path, **changes):
 
 def test_lengths_beyond_the_model(checkpoint, tmp_path):
     rotary = edited(checkpoint, tmp_path / "rotary", max_position_embeddings=64)
-    with pytest.warns(UserWarning, match="made for 64 positions .*128 tokens are asked for"):
+    message = r"made for 64 positions .*128 tokens are asked for; .*\(RoPE: rope_parameters {.*\"rope_theta\": 10000"
+    with pytest.warns(UserWarning, match=message):
         score(rotary, tmp_path / "run", lengths=[128], depths=[0], samples=1)
     learned = edited(checkpoint, tmp_path / "learned", max_position_embeddings=64, rope_parameters=None)
     with pytest.raises(LccpError, match="has 64 learned positions, --lengths asks for 128 tokens"):
         score(learned, tmp_path / "run2", lengths=[128], depths=[0], samples=1)
+    with pytest.raises(LccpError, match="for 60 tokens, and 50 more may be written; ask for at most 14"):
+        score(learned, tmp_path / "run2", lengths=[60], depths=[0], samples=1, mode="generate")
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(checkpoint, tmp_path):
@@ -176,3 +180,87 @@ def test_public_names_are_there():
         assert getattr(lccp_interp, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'scoer'"):
         _ = lccp_interp.scoer
+
+
+def test_how_the_work_was_done_is_on_record(trajectory, tmp_path):
+    small = {"lengths": [128], "depths": [50], "samples": 1}
+    first, *_ = find_checkpoints([str(trajectory)])
+    score(first, tmp_path / "run", **small)
+    score(trajectory, tmp_path / "run", **small, self_check=False, sharing="off", chunk_tokens=512)
+    score(trajectory, tmp_path / "run", **small)  # nothing is left to do, so nothing is recorded
+    checked, skipped = json.loads((tmp_path / "run" / "run.json").read_text())["executions"]
+    assert checked["self_check"]["passed"]
+    assert checked["self_check"]["checkpoint"] == "pretrain-0"
+    assert (checked["device"], checked["sharing"], checked["chunk_tokens"]) == ("cpu", "auto", 4096)
+    assert skipped["self_check"] == "skipped (--no-self-check)"
+    assert (skipped["sharing"], skipped["chunk_tokens"]) == ("off", 512)
+
+
+def test_nothing_is_scored_by_a_model_that_fails_its_self_check(trajectory, tmp_path, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    eager = modeling_llama.eager_attention_forward
+
+    def broken(module, *args, **kwargs):
+        output, weights = eager(module, *args, **kwargs)
+        return output, weights.roll(1, dims=-1)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", broken)
+    with pytest.raises(LccpError, match=r"checkpoint pretrain-0 fails its self-check .*layer \d"):
+        score(trajectory, tmp_path / "run", **GRID)
+    assert not list((tmp_path / "run").rglob("scores/*.parquet"))
+
+
+def test_a_cache_that_fails_its_self_check_is_not_used(trajectory, tmp_path, monkeypatch):
+    from lccp_interp.capture import selfcheck
+    from lccp_interp.capture.prefill import Prefill
+
+    real = selfcheck.self_check
+
+    def doubting(model):
+        return dataclasses.replace(real(model), shares_prefixes=False, sharing="its cache gives other logits")
+
+    def refuse(*args):
+        raise AssertionError("ran behind a cache")
+
+    monkeypatch.setattr(selfcheck, "self_check", doubting)
+    monkeypatch.setattr(Prefill, "run", refuse)
+    with pytest.warns(UserWarning, match="its cache gives other logits, so prompts are run whole"):
+        score(trajectory, tmp_path / "run", **GRID, sharing="on")
+
+
+def test_prefixes_shared_or_not_the_tables_are_the_same(trajectory, tmp_path):
+    facts = [Needle("The code of Mara is 4 0 7.", "What is the code of Mara?", "4 0 7")]
+    text = " ".join(f"The {a} {b} stood by the {c}." for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx")
+    for sharing in ("on", "off"):
+        score(trajectory, tmp_path / sharing, **GRID, needles=facts, haystack=text, sharing=sharing, chunk_tokens=100)
+    (scores, outcomes), (other_scores, other_outcomes) = tables(tmp_path / "on"), tables(tmp_path / "off")
+    assert scores.drop("value").equals(other_scores.drop("value"))
+    assert (scores["value"] - other_scores["value"]).abs().max() < 1e-5
+    assert (outcomes["answer_ppl"] / other_outcomes["answer_ppl"] - 1).abs().max() < 1e-4
+
+
+def test_generate_mode_fills_its_columns(trajectory, tmp_path):
+    score(trajectory, tmp_path / "run", **GRID, mode="generate")
+    scores, outcomes = tables(tmp_path / "run")
+    assert set(scores["mode"]) == set(outcomes["mode"]) == {"generate"}
+    assert outcomes["generated"].null_count() == outcomes["rouge1_recall"].null_count() == 0
+    assert outcomes["rouge1_recall"].is_between(0, 1).all()
+    missed = outcomes.filter(outcomes["rouge1_recall"] <= 0.5)["case_id"]
+    assert scores.filter(scores["case_id"].is_in(missed.implode()))["value"].is_nan().any()
+    with pytest.raises(LccpError, match="holds another study: mode differ"):
+        score(trajectory, tmp_path / "run", **GRID)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "sampling"}, "unknown mode 'sampling'; known: teacher_forced, generate"),
+        ({"sharing": "maybe"}, "unknown sharing 'maybe'; known: auto, on, off"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
+    ],
+)
+def test_mistaken_options(trajectory, tmp_path, options, message):
+    with pytest.raises(LccpError, match=message):
+        score(trajectory, tmp_path / "run", **GRID, **options)
+    assert not (tmp_path / "run").exists()

@@ -27,7 +27,7 @@ from lccp_interp.dynamics.resampling import (
     percentile_interval,
     resampled_means,
 )
-from lccp_interp.dynamics.selection import DEFAULT_MODE, HeadValues, base_checkpoint, choose, head_values
+from lccp_interp.dynamics.selection import HeadValues, base_checkpoint, choose, head_values
 from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
 from lccp_interp.store import Run
 
@@ -112,7 +112,7 @@ def head_sample(
     *,
     metric: str = "retrieval",
     length: int | None = None,
-    mode: str = DEFAULT_MODE,
+    mode: str | None = None,
     confidence: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
@@ -127,7 +127,7 @@ def score_table(
     *,
     metric: str = "retrieval",
     length: int | None = None,
-    mode: str = DEFAULT_MODE,
+    mode: str | None = None,
     confidence: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
@@ -143,7 +143,8 @@ def score_table(
         run: an opened run.
         metric: one of the run's metrics, for example `retrieval`, `wu`, `copy`, `needle_mass`.
         length: total length of the cases in tokens; None means the longest of the run. Lengths are never pooled.
-        mode: `teacher_forced` (the paper's) or another mode that the run holds.
+        mode: one that the run holds; None means `teacher_forced` (the paper's), or else the one it holds. In mode
+            `generate` a case counts only if the model's own answer passed the gate; `n` says how many did.
         confidence: level of the intervals, in (0, 1).
         n_boot: number of resamples.
         seed: of the resamples.
@@ -321,7 +322,7 @@ def head_records(
     *,
     metric: str = "retrieval",
     length: int | None = None,
-    mode: str = DEFAULT_MODE,
+    mode: str | None = None,
     checkpoint: str | None = None,
     top: int | None = None,
     confidence: float = 0.95,

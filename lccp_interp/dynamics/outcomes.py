@@ -15,7 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.resampling import Resamples, bootstrap_means, check_bootstrap, draw_resamples
-from lccp_interp.dynamics.selection import DEFAULT_MODE, choose, choose_mode, niah_cases, scored_checkpoints
+from lccp_interp.dynamics.selection import choose, choose_mode, niah_cases, scored_checkpoints
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run
 
@@ -28,7 +28,7 @@ def outcome_table(
     *,
     by: Sequence[str] = ("length",),
     ppl: str = "mean_ppl",
-    mode: str = DEFAULT_MODE,
+    mode: str | None = None,
     confidence: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
@@ -45,7 +45,8 @@ def outcome_table(
         by: columns of the cases that make the groups, for example `("length",)` or `("length", "depth_fraction")`;
             `()` pools all.
         ppl: `mean_ppl` (default) or `exp_mean`.
-        mode: `teacher_forced` or another mode that the run holds.
+        mode: one that the run holds; None means `teacher_forced`, or else the one it holds. In mode `generate` a case
+            is right whose written answer begins with the gold one; the perplexity is that of the gold one.
         confidence: level of the intervals, in (0, 1).
         n_boot: number of resamples.
         seed: of the resamples.

@@ -19,7 +19,7 @@ from lccp_interp.schema import LccpError
 from lccp_interp.store import Run
 
 NIAH_TASK = "niah"
-DEFAULT_MODE = "teacher_forced"
+PAPER_MODE = "teacher_forced"
 
 
 def choose(what: str, got: str, known: Sequence[str], where: str) -> str:
@@ -93,9 +93,15 @@ def choose_length(run: Run, length: int | None) -> int:
     return length
 
 
-def choose_mode(run: Run, mode: str) -> str:
-    """`mode` if the run holds outcomes of it, else an LccpError that lists the known modes."""
+def choose_mode(run: Run, mode: str | None) -> str:
+    """`mode` if the run holds outcomes of it; for None the paper's (`teacher_forced`), or the one that the run holds.
+
+    Raises:
+        LccpError: unknown mode; the known ones are listed.
+    """
     known = run.outcomes.select(pl.col("mode").unique()).collect()["mode"].sort().to_list()
+    if mode is None:
+        return PAPER_MODE if PAPER_MODE in known else str(known[0])
     return choose("mode", mode, known, str(run.path))
 
 
@@ -128,7 +134,7 @@ class HeadValues:
 
 
 def head_values(
-    run: Run, *, metric: str = "retrieval", length: int | None = None, mode: str = DEFAULT_MODE
+    run: Run, *, metric: str = "retrieval", length: int | None = None, mode: str | None = None
 ) -> HeadValues:
     """Read the values of every head in every case of one length.
 
@@ -136,7 +142,7 @@ def head_values(
         run: an opened run.
         metric: one of the run's metrics.
         length: total length of the cases in tokens; None means the longest of the run.
-        mode: `teacher_forced` or another mode that the run holds.
+        mode: one that the run holds; None means `teacher_forced`, or else the one it holds.
 
     Raises:
         LccpError: unknown metric, length or mode (the known ones are listed), or nothing scored at that length.

@@ -14,13 +14,13 @@ import polars as pl
 from lccp_interp.dynamics.births import events, lives
 from lccp_interp.dynamics.heads import HeadSample, census, head_sample, stability
 from lccp_interp.dynamics.outcomes import outcome_table
-from lccp_interp.dynamics.selection import DEFAULT_MODE, base_checkpoint, choose_length, niah_cases
+from lccp_interp.dynamics.selection import base_checkpoint, choose_length, choose_mode, niah_cases
 from lccp_interp.store import Run
 
 
 @dataclass(frozen=True)
 class RunTables:
-    """Tables of `run`; those of heads are read at one `length` (None: the longest) with one `metric`.
+    """Tables of `run` in one `mode` (None: `choose_mode`); those of heads at one `length` (None: the longest).
 
     Example:
         >>> tables = RunTables(Run.open("runs/demo"), length=1024)   # doctest: +SKIP
@@ -30,7 +30,7 @@ class RunTables:
     run: Run
     length: int | None = None
     metric: str = "retrieval"
-    mode: str = DEFAULT_MODE
+    mode: str | None = None
 
     @classmethod
     def of(cls, run: Run | RunTables, *, length: int | None = None) -> RunTables:
@@ -47,6 +47,11 @@ class RunTables:
         return choose_length(self.run, self.length)
 
     @cached_property
+    def read_mode(self) -> str:
+        """The mode whose results are read."""
+        return choose_mode(self.run, self.mode)
+
+    @cached_property
     def cases(self) -> pl.DataFrame:
         """The needle-in-a-haystack cases, without their tokens."""
         return niah_cases(self.run)
@@ -59,7 +64,7 @@ class RunTables:
     @cached_property
     def sample(self) -> HeadSample:
         """Per-case values and resamples behind `scores`."""
-        return head_sample(self.run, metric=self.metric, length=self.head_length, mode=self.mode)
+        return head_sample(self.run, metric=self.metric, length=self.head_length, mode=self.read_mode)
 
     @cached_property
     def scores(self) -> pl.DataFrame:
@@ -89,12 +94,12 @@ class RunTables:
     @cached_property
     def by_length(self) -> pl.DataFrame:
         """`outcome_table` per length."""
-        return outcome_table(self.run, by=("length",), mode=self.mode)
+        return outcome_table(self.run, by=("length",), mode=self.read_mode)
 
     @cached_property
     def by_depth(self) -> pl.DataFrame:
         """`outcome_table` per length and depth."""
-        return outcome_table(self.run, by=("length", "depth_fraction"), mode=self.mode)
+        return outcome_table(self.run, by=("length", "depth_fraction"), mode=self.read_mode)
 
     @cached_property
     def checkpoints(self) -> pl.DataFrame:

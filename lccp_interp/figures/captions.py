@@ -40,11 +40,12 @@ def _cases(tables: RunTables) -> str:
 
 
 def _mode(tables: RunTables) -> str:
-    return MODE_NAMES.get(tables.mode, tables.mode)
+    return MODE_NAMES.get(tables.read_mode, tables.read_mode)
 
 
 def _heads(tables: RunTables) -> str:
-    n = max(tables.scores["n"].to_list(), default=0)
+    # Where cases that a model got wrong do not count, checkpoints differ in how many are left.
+    n = " to ".join(str(n) for n in sorted({tables.scores["n"].min() or 0, tables.scores["n"].max() or 0}))
     return (
         f"Metric {tables.metric} at {format_length(tables.head_length)} tokens (one length, not pooled), "
         f"mean over {n} cases, {_mode(tables)}."

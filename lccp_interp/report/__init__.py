@@ -278,7 +278,7 @@ def _provenance(tables: RunTables) -> str:
         ("git commit of lccp_interp", manifest.get("git_commit")),
         ("Python", manifest.get("python")),
         *versions.items(),
-        ("mode", tables.mode),
+        ("mode", tables.read_mode),
         *_seeds(manifest.get("config", {})),
         (
             "bootstrap",

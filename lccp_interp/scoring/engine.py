@@ -73,12 +73,12 @@ def score_cases(
 
     if shares(model, cases, sharing, batch_tokens):
         for visit in walk(cases):
-            finish(visit.index, _score_alone(prefill, cases[visit.index], metrics))
+            finish(visit.index, score_alone(prefill, cases[visit.index], metrics))
         return [done[index] for index in range(len(cases))]
     for batch in _batches(cases, batch_tokens):
         chosen = [cases[index] for index in batch]
         if len(batch) == 1 and chosen[0].length > chunk_tokens and model.shares_prefixes:
-            results = [_score_alone(prefill, chosen[0], metrics)]
+            results = [score_alone(prefill, chosen[0], metrics)]
         else:
             results = _score_together(prefill, chosen, metrics)
         prefill.forget()
@@ -118,7 +118,7 @@ def _batches(cases: Sequence[Case], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _score_alone(prefill: Prefill, case: Case, metrics: Mapping[str, HeadMetric]) -> CaseResult:
+def score_alone(prefill: Prefill, case: Case, metrics: Mapping[str, HeadMetric]) -> CaseResult:
     """Score one case behind whatever the cache shares with it."""
     reduced = _Reduced([case], metrics)
     ids = case.prompt_ids + case.answer_ids[:-1]
@@ -139,7 +139,7 @@ def _score_together(prefill: Prefill, cases: Sequence[Case], metrics: Mapping[st
     if len(cases) == 1:
         # Whole it did not fit: begin with halves.
         prefill.chunk_tokens = min(prefill.chunk_tokens, -(-cases[0].length // 2))
-    return [_score_alone(prefill, case, metrics) for case in cases]
+    return [score_alone(prefill, case, metrics) for case in cases]
 
 
 class _Reduced:

@@ -86,8 +86,8 @@ def wu(rows: AttentionRows) -> Float[Tensor, " head"]:
     """Retrieval score as the reference code of arXiv 2404.15574 counts it.
 
     Every hit adds 1 / |source| (tokens, not distinct ids), repeats count, so that an answer longer than the source can
-    score above 1. That code decodes and drops trials whose output misses the needle; here the answer is teacher-forced
-    and every case counts.
+    score above 1. That code decodes and drops trials whose output misses the needle, as `generate.score_generated`
+    does; teacher-forced, the answer is given and every case counts.
 
     Example:
         >>> weights = torch.tensor([[[0.1, 0.8, 0.1, 0.0], [0.1, 0.1, 0.7, 0.1]]])
