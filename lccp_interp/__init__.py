@@ -29,9 +29,13 @@ _HOMES = {
     "read_haystack": "tasks.haystack",
     "HookedModel": "capture.model",
     "load_model": "capture.model",
+    "Prefill": "capture.prefill",
+    "self_check": "capture.selfcheck",
     "METRICS": "scoring.metrics",
     "AttentionRows": "scoring.metrics",
     "score_cases": "scoring.engine",
+    "score_generated": "scoring.generate",
+    "plan_study": "plan",
     "score": "sweep",
     "Run": "store",
     "score_table": "dynamics",
@@ -47,6 +51,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel as HookedModel
     from lccp_interp.capture.model import load_model as load_model
+    from lccp_interp.capture.prefill import Prefill as Prefill
+    from lccp_interp.capture.selfcheck import self_check as self_check
     from lccp_interp.checkpoints import bundled_trajectory as bundled_trajectory
     from lccp_interp.checkpoints import find_checkpoints as find_checkpoints
     from lccp_interp.dynamics import census as census
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
     from lccp_interp.dynamics import score_table as score_table
     from lccp_interp.dynamics import stability as stability
     from lccp_interp.figures import draw_figures as draw_figures
+    from lccp_interp.plan import plan_study as plan_study
     from lccp_interp.report import write_report as write_report
     from lccp_interp.schema import Case as Case
     from lccp_interp.schema import Checkpoint as Checkpoint
@@ -63,6 +70,7 @@ if TYPE_CHECKING:
     from lccp_interp.schema import Needle as Needle
     from lccp_interp.schema import Span as Span
     from lccp_interp.scoring.engine import score_cases as score_cases
+    from lccp_interp.scoring.generate import score_generated as score_generated
     from lccp_interp.scoring.metrics import METRICS as METRICS
     from lccp_interp.scoring.metrics import AttentionRows as AttentionRows
     from lccp_interp.store import Run as Run

@@ -1,4 +1,4 @@
-"""The command line: `lccp demo | score | heads | figures | report | organism train`.
+"""The command line: `lccp demo | score | plan | check | heads | figures | report | organism train`.
 
 Each command parses its options, calls one function of the package and prints what came back. It refuses to compute
 anything itself. Results go to standard output (tables for people, JSON or CSV for scripts), progress and messages to
@@ -24,6 +24,7 @@ import typer
 from lccp_interp.schema import LccpError
 
 if TYPE_CHECKING:
+    from lccp_interp.capture.verdict import SelfCheck
     from lccp_interp.store import Run
 
 app = typer.Typer(
@@ -54,6 +55,26 @@ LengthOption = Annotated[
     int | None, typer.Option(help="Context length in tokens at which heads are compared; default: the run's longest.")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="table for people, json or csv for scripts.")]
+NeedlesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help='One {"needle", "question", "answer"} per line; default: the bundled language. '
+        "The answer is part of the needle (the whole needle for the paper's form).",
+    ),
+]
+HaystackOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE|DIR", help="Text file or folder of *.txt; default: the bundled language."),
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEMPLATE",
+        help=r"Template with {context} and {question}, \n for line breaks; default: the paper's "
+        r"'{context}\nQuestion: {question}\nAnswer:'.",
+    ),
+]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -136,27 +157,17 @@ def score(
     lengths: Annotated[str, typer.Option(help="Total lengths in tokens.")] = "256,512,1024,2048,4096",
     depths: Annotated[str, typer.Option(help="Places of the needle, percent of the context.")] = "0,25,50,75,100",
     samples: Annotated[int, typer.Option(min=1, help="Haystacks per needle.")] = 4,
-    needles: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help='One {"needle", "question", "answer"} per line; default: the bundled language. '
-            "The answer is part of the needle (the whole needle for the paper's form).",
-        ),
-    ] = None,
-    haystack: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE|DIR", help="Text file or folder of *.txt; default: the bundled language."),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEMPLATE",
-            help=r"Template with {context} and {question}, \n for line breaks; default: the paper's "
-            r"'{context}\nQuestion: {question}\nAnswer:'.",
-        ),
-    ] = None,
+    needles: NeedlesOption = None,
+    haystack: HaystackOption = None,
+    prompt: PromptOption = None,
     metrics: Annotated[str, typer.Option(help="Head metrics.")] = "retrieval,wu,copy,needle_mass",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="teacher_forced: one pass over prompt and answer (arXiv 2604.02650); generate: greedy decoding, and "
+            "only right answers count (arXiv 2404.15574)."
+        ),
+    ] = "teacher_forced",
     tokens: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=COUNT", help="Tokens seen by a checkpoint, e.g. step100=1.2B; may be repeated."),
@@ -167,6 +178,16 @@ def score(
     seed: Annotated[int, typer.Option(help="Seed of needles, haystacks and where a sample begins.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads the layers over all devices, then memory and disk.")
+    ] = None,
+    sharing: Annotated[
+        str, typer.Option(help="Run what prompts have in common once: auto (where it is cheaper), on, off.")
+    ] = "auto",
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens per forward pass of a long prompt.")] = 4096,
+    self_check: Annotated[
+        bool, typer.Option(help="Prove first that the model's attention is captured rightly (`lccp check`).")
+    ] = True,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Score every attention head of every checkpoint on needle-in-a-haystack prompts.
@@ -199,12 +220,150 @@ def score(
             haystack=text,
             prompt=None if prompt is None else prompt.replace("\\n", "\n"),
             metrics=metric_list,
+            mode=mode,
             seed=seed,
             device=device,
             dtype=dtype,
+            device_map=device_map,
+            sharing=sharing,
+            chunk_tokens=chunk_tokens,
+            self_check=self_check,
             progress=progress,
         )
     _print_scored(run, out, [checkpoint.name for checkpoint in found], output_format)
+
+
+@app.command()
+@guarded
+def plan(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="Checkpoint folders, or folders of them; a config.json alone is enough."
+        ),
+    ],
+    lengths: Annotated[str, typer.Option(help="Total lengths in tokens.")] = "256,512,1024,2048,4096",
+    depths: Annotated[str, typer.Option(help="Places of the needle, percent of the context.")] = "0,25,50,75,100",
+    samples: Annotated[int, typer.Option(min=1, help="Haystacks per needle.")] = 4,
+    needles: NeedlesOption = None,
+    haystack: HaystackOption = None,
+    prompt: PromptOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of needles, haystacks and where a sample begins.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (the config's own), float32, bfloat16, float16.")] = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="GIB|NxGIB", help="Memory of the devices: 80, 2x80; default: the GPUs of this machine."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Whose tokenizer counts; default: the checkpoints' own.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Attention rows read per prompt; default: tokens of the longest answer.")
+    ] = None,
+    sharing: Annotated[
+        str, typer.Option(help="Run what prompts have in common once: auto (where it is cheaper), on, off.")
+    ] = "auto",
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens per forward pass of a long prompt.")] = 4096,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Say what a study runs and what memory it takes, before anything runs.
+
+    KV cache and working memory are added up over a model that has shapes and no weights.
+    """
+    from lccp_interp.checkpoints import parse_count
+    from lccp_interp.plan import find_configs, memory_here, parse_memory, plan_study, planning_tokenizer
+    from lccp_interp.sweep import CASES_PER_SHARD, Execution
+    from lccp_interp.tasks.haystack import read_haystack
+    from lccp_interp.tasks.niah import PAPER_PROMPT, NiahGrid, read_needles
+
+    configs = find_configs(checkpoints)
+    grid = NiahGrid(
+        lengths=tuple(parse_count(item) for item in _items(lengths, "--lengths")),
+        depths=tuple(_number(item, "--depths") for item in _items(depths, "--depths")),
+        samples=samples,
+        needles=None if needles is None else read_needles(needles),
+        haystack=None if haystack is None else read_haystack(haystack),
+        prompt=PAPER_PROMPT if prompt is None else prompt.replace("\\n", "\n"),
+        seed=seed,
+    )
+    execution = Execution(sharing=sharing, chunk_tokens=chunk_tokens)
+    counter, notes = planning_tokenizer([folder for _, folder in configs], tokenizer)
+    with progress_bar("planning") as progress:
+        planned = plan_study(
+            grid,
+            counter,
+            configs,
+            cases_per_shard=CASES_PER_SHARD,
+            dtype=dtype,
+            chunk_tokens=execution.chunk_tokens,
+            sharing=execution.sharing,  # type: ignore[arg-type]  # checked by Execution
+            n_rows=rows,
+            memory=memory_here() if memory is None else parse_memory(memory),
+            notes=notes,
+            progress=progress,
+        )
+    if output_format is Format.table:
+        print(planned.text())
+    elif output_format is Format.json:
+        _print_records(planned.as_record(), output_format)
+    else:
+        _print_records(planned.rows(), output_format)
+
+
+@app.command()
+@guarded
+def check(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Checkpoint folders, folders of checkpoints, or hub ids; with --random also model types (llama).",
+        ),
+    ],
+    random: Annotated[
+        bool,
+        typer.Option("--random", help="Read only config.json and make weights up: can its architecture be captured?"),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the prompt, and of random weights.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Prove on a short random prompt that a model's attention is captured rightly; exit code 2 if it is not.
+
+    Rows sum to 1, equal the model's own eager attention, make the output, and the output feeds the logits.
+    """
+    from lccp_interp.capture.model import folder_name, load_model
+    from lccp_interp.capture.selfcheck import random_model, self_check
+    from lccp_interp.capture.verdict import finding_rows
+
+    records: list[dict[str, Any]] = []
+    for folder in _check_folders(checkpoints):
+        record: dict[str, Any] = {"checkpoint": folder_name(folder), "passed": False, "error": None}
+        records.append(record)
+        try:
+            if random:
+                model = random_model(folder, seed=seed, device=device, dtype=dtype)
+            else:
+                model = load_model(folder, device=device, dtype=dtype)
+            checked = self_check(model, seed=seed)
+            record |= checked.as_record()
+            if output_format is Format.table:
+                _print_check(checked)
+            checked.require()
+        except LccpError as error:
+            if _debug:
+                raise
+            record["error"] = str(error)
+            print(f"lccp: {error}", file=sys.stderr, flush=True)
+    if output_format is Format.json:
+        _print_records(records, output_format)
+    elif output_format is Format.csv:
+        _print_records([row for record in records for row in finding_rows(record)], output_format)
+    if n_failed := sum(not record["passed"] for record in records):
+        if len(records) > 1:
+            print(f"lccp: {n_failed} of {len(records)} checkpoints fail", file=sys.stderr)
+        raise typer.Exit(EXIT_INPUT)
 
 
 @app.command()
@@ -341,6 +500,24 @@ def _print_scored(run: Run, out: Path, names: Sequence[str], output_format: Form
         _print_records({"run": str(out), "checkpoints": names, "cases": cases}, output_format)
     else:
         _print_records([{"run": str(out), "checkpoint": name, "cases": cases} for name in names], output_format)
+
+
+def _check_folders(paths: Sequence[str]) -> list[str]:
+    """Checkpoints as given, and those in the folders given; what is wrong with one is found on loading it."""
+    found = []
+    for path in map(Path, paths):
+        inner = [] if (path / "config.json").is_file() or not path.is_dir() else sorted(path.glob("*/config.json"))
+        if path.is_dir() and not inner and not (path / "config.json").is_file():
+            raise LccpError(f"{path} holds no checkpoint: it has no config.json, nor has a folder in it")
+        found += [str(file.parent) for file in inner] or [str(path)]
+    return found
+
+
+def _print_check(checked: SelfCheck) -> None:
+    print(checked.summary())
+    _print_records(checked.rows(), Format.table)
+    how = "run once where they share a beginning" if checked.shares_prefixes else "run whole"
+    print(f"prompts are {how}: {checked.sharing}\n", flush=True)
 
 
 def _items(text: str, option: str) -> list[str]:

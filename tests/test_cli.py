@@ -44,7 +44,7 @@ def scored(trajectory, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["score"], ["heads"], ["figures"], ["report"], ["organism", "train"]]
+    "command", [[], ["demo"], ["score"], ["plan"], ["check"], ["heads"], ["figures"], ["report"], ["organism", "train"]]
 )
 def test_every_command_explains_itself(run_cli, command):
     code, out, _ = run_cli(*command, "--help")
