@@ -8,7 +8,7 @@ RUN    ?= runs/demo
 BIN    := .venv/bin
 PYTEST ?= -n 2
 
-.PHONY: demo test slow check format bench clean
+.PHONY: demo test slow check format bench bench-gpu clean
 
 .venv/ready: pyproject.toml Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -35,8 +35,11 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/ready   ## measure time and memory, rewrite benchmarks/README.md
+bench: .venv/ready   ## measure time and memory on the CPU (about 20 minutes), rewrite benchmarks/README.md
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: .venv/ready   ## the same on a CUDA device, under 8 minutes; without one it says so and changes nothing
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf .venv runs

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+TITLE = "The demo"
 
-def measure() -> dict[str, Any]:
-    """Run the demo into a temporary folder; returns seconds, peak MiB and what was scored."""
+
+def measure(say: Callable[[str], Any], *, quick: bool = False) -> dict[str, Any]:
+    """Run the demo into a temporary folder; returns seconds, peak MiB and what was scored. There is no quicker demo."""
     import polars as pl
 
     with tempfile.TemporaryDirectory() as folder:
@@ -26,18 +29,27 @@ def measure() -> dict[str, Any]:
         from lccp_interp.store import Run
 
         run = Run.open(out)
-        return {
+        record = {
             "seconds": elapsed,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
             "peak_mib": usage.ru_maxrss / 1024,
             "checkpoints": run.checkpoints.height,
             "cases": run.cases.height,
             "prompt_tokens": int(run.cases["length"].sum()) * run.checkpoints.height,
+            "longest": int(run.cases["length"].max()),
             "score_rows": run.scores.select(pl.len()).collect().item(),
             "report_mib": (out / "report.html").stat().st_size / 2**20,
         }
+    say(f"  {record}")
+    return record
 
 
-def cores() -> int:
-    """Processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+def table(record: dict[str, Any]) -> list[str]:
+    """The record as Markdown."""
+    return [
+        f"`lccp demo`: {record['checkpoints']} checkpoints x {record['cases']} cases "
+        f"({record['prompt_tokens'] / 1e6:.1f} M prompt tokens, up to {record['longest']} a case, "
+        f"{record['score_rows']:,} scores), figures and report: **{record['seconds']:.0f} s** "
+        f"({record['cpu_seconds']:.0f} s of processor time), peak memory **{record['peak_mib'] / 1024:.2f} GiB**, "
+        f"report {record['report_mib']:.1f} MiB.",
+    ]
