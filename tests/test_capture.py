@@ -311,3 +311,11 @@ def test_missing_weights_are_never_filled_with_noise(checkpoint, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LccpError, match=r"lacks 1 weights of LlamaForCausalLM: model.layers.1.self_attn.q_proj"):
         load_model(folder)
+
+
+def test_keys_are_repeated_only_for_heads_with_parameters_of_their_own():
+    for model_type, whole in (("llama", False), ("hunyuan_v1_moe", False), ("mimo_v2_flash", True)):
+        model = tiny_model(model_type)
+        with torch.inference_mode(), tap_rows(model, torch.tensor([39]), lambda layer, weights: None):
+            model(prompts(model))
+        assert (tap.eager_function(model.model.layers[0].self_attn) in tap._WHOLE_MODULE) == whole

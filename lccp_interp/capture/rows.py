@@ -131,6 +131,60 @@ def _eager_output(
     return torch.cat(outputs, dim=1)
 
 
+class _NeedsTheModule(Exception):
+    """An eager attention asked for more of its module than how the heads are grouped."""
+
+
+class _Ungrouped:
+    """A module as eager attention sees it when there is one key head for each query head.
+
+    What it asks for beyond that may be per query head (sinks, say), which grouped queries would not match.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.num_key_value_groups = 1
+        self.training = module.training
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NeedsTheModule(name)
+
+
+_WHOLE_MODULE: set[Callable[..., Any]] = set()
+"""Eager attentions that were found to ask for more of their module."""
+
+
+def _weights(
+    eager: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    **kwargs: Any,
+) -> Tensor:
+    """Eager attention's weights `[batch, head, row, key]`, where possible without repeating the keys for every head.
+
+    To a key head, the rows of its group of query heads are as good as more rows of one head.
+    """
+    batch, n_heads, n_rows, d_head = query.shape
+    groups = n_heads // key.shape[1]
+    plain = mask.shape[1] == 1 and all(
+        name in ("position_ids", "cache_position") for name, value in kwargs.items() if isinstance(value, Tensor)
+    )
+    if plain and groups > 1 and groups == getattr(module, "num_key_value_groups", 1) and eager not in _WHOLE_MODULE:
+        grouped = query.reshape(batch, key.shape[1], groups * n_rows, d_head)
+        try:
+            _, weights = eager(_Ungrouped(module), grouped, key, value, mask.repeat(1, 1, groups, 1), **kwargs)
+        except _NeedsTheModule:
+            _WHOLE_MODULE.add(eager)
+        else:
+            assert weights is not None
+            return weights.reshape(batch, n_heads, n_rows, -1)
+    _, weights = eager(module, query, key, value, mask, **kwargs)
+    assert weights is not None
+    return weights
+
+
 def _sdpa_output(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
@@ -246,15 +300,10 @@ def _tapped_attention(
         rows = tap.rows.to(query.device)
         mask = _rows_mask(attention_mask, rows, query, key, tap.kernel, kwargs.get("sliding_window"))
         # In float32, for half-precision logits tie; of the values one column is enough, the product is not used.
-        _, weights = eager(
-            module,
-            query[:, :, rows].float(),
-            key.float(),
-            value[..., :1].float(),
-            mask,
+        weights = _weights(
+            eager, module, query[:, :, rows].float(), key.float(), value[..., :1].float(), mask,
             **_sliced(kwargs, rows, query.shape[2]),
-        )
-        assert weights is not None
+        )  # fmt: skip
         tap.sink(layer, weights.float())
     return output, None
 
