@@ -111,7 +111,9 @@ def weight_files(path: Path) -> list[Path]:
             raise LccpError(f"{index} names shard {outside[0]!r}, which is no plain file name; restore the file")
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
-            raise LccpError(f"{path} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}")
+            raise LccpError(
+                f"{path} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:3])}; copy them again"
+            )
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
     if not files:

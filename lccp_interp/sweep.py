@@ -246,7 +246,12 @@ def _prove(model: HookedModel, writer: RunWriter, execution: Execution) -> str:
     """
     from lccp_interp.capture.selfcheck import self_check
 
-    checked = self_check(model).require() if execution.self_check else None
+    checked = self_check(model) if execution.self_check else None
+    if checked is not None:
+        try:
+            checked.require()
+        except LccpError as error:
+            raise LccpError(f"{error}; nothing was scored (--no-self-check scores it all the same)") from error
     writer.record_execution(
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),

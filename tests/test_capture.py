@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lccp_interp.capture import rows as tap
-from lccp_interp.capture.model import HookedModel, load_model
+from lccp_interp.capture.model import HookedModel, flash_kernel, load_model
 from lccp_interp.capture.rows import TAP_NAME, tap_rows
 from lccp_interp.schema import LccpError
 
@@ -203,6 +203,22 @@ def test_rows_over_a_flash_kernel(monkeypatch, model_type, padded):
     torch.testing.assert_close(tapped[:, 7:], plain[:, 7:], atol=TOLERANCE, rtol=TOLERANCE)
     for layer, weights in expected.items():
         torch.testing.assert_close(got[layer], weights, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "dtype", "expected"),
+    [
+        ({2, 3}, "cuda", torch.bfloat16, "flash_attention_3"),
+        ({2}, "cuda:1", torch.float16, "flash_attention_2"),
+        (set(), "cuda", torch.bfloat16, ""),
+        ({2, 3}, "cuda", torch.float32, ""),
+        ({2, 3}, "cpu", torch.bfloat16, ""),
+    ],
+)
+def test_the_newest_flash_kernel_that_can_run_is_taken(monkeypatch, installed, device, dtype, expected):
+    for version in (2, 3):
+        monkeypatch.setattr(f"transformers.utils.is_flash_attn_{version}_available", lambda v=version: v in installed)
+    assert flash_kernel(torch.device(device), dtype) == expected
 
 
 def test_other_kernels_are_refused():

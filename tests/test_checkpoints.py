@@ -176,7 +176,11 @@ def test_a_broken_trajectory_table(tmp_path, content, message):
     [
         ("model.safetensors.index.json", "", "is no index of weight shards"),
         ("model.safetensors.index.json", '{"weight_map": {"w": "../x"}}', "no plain file name"),
-        ("model.safetensors.index.json", '{"weight_map": {"w": "gone"}}', "lacks 1 of 1 weight shards: gone"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"w": "gone"}}',
+            "lacks 1 of 1 weight shards: gone; copy them again",
+        ),
         ("trainer_state.json", "", "is no trainer state"),
         ("config.json", "[]", "must be a JSON object with a model_type"),
     ],

@@ -206,7 +206,8 @@ def test_nothing_is_scored_by_a_model_that_fails_its_self_check(trajectory, tmp_
         return output, weights.roll(1, dims=-1)
 
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", broken)
-    with pytest.raises(LccpError, match=r"checkpoint pretrain-0 fails its self-check .*layer \d"):
+    message = r"checkpoint pretrain-0 fails its self-check .*layer \d.*; nothing was scored \(--no-self-check"
+    with pytest.raises(LccpError, match=message):
         score(trajectory, tmp_path / "run", **GRID)
     assert not list((tmp_path / "run").rglob("scores/*.parquet"))
 

@@ -7,6 +7,7 @@ costs the weights; a pass costs a prefill with logits at the answer only.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Sequence
@@ -201,7 +202,11 @@ def load_model(
     read_architecture(checkpoint, revision=revision)
     if not _is_hub_id(checkpoint):
         verify_folder(Path(checkpoint))
-    device, dtype = resolve(device, dtype, checkpoint) if device_map is None else (device, dtype)
+    placement: Any = device_map
+    if device_map is None:
+        device, dtype = resolve(device, dtype, checkpoint)
+        # Straight to the GPU: the weights of a large model may not fit into the host's memory on the way.
+        placement = {"": device} if torch.device(device).type == "cuda" else None
     tokenizer = load_tokenizer(checkpoint, revision=revision)
     before = transformers_logging.get_verbosity()
     # Its tables of missing weights and its bar per checkpoint would tear our one line apart; we report both ourselves.
@@ -211,7 +216,7 @@ def load_model(
         model, loading = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             dtype=DTYPES.get(dtype, "auto"),
-            device_map=device_map,
+            device_map=placement,
             revision=revision,
             use_safetensors=True,
             output_loading_info=True,
@@ -221,12 +226,32 @@ def load_model(
     finally:
         transformers_logging.set_verbosity(before)
     _refuse_other_weights(checkpoint, type(model).__name__, loading)
-    if device_map is None:
+    if placement is None:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise LccpError(f"device {device!r} cannot be used: {one_line(error)}; try --device cpu") from error
+    if kernel := flash_kernel(model.device, model.dtype):
+        # Some architectures do without; then transformers' choice stays.
+        with contextlib.suppress(ValueError, ImportError):
+            model.set_attn_implementation(kernel)
     return HookedModel(model=model.eval(), tokenizer=tokenizer, name=folder_name(checkpoint))
+
+
+def flash_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """The newest flash attention that is installed and can run there; empty if there is none, which nothing needs.
+
+    Example:
+        >>> flash_kernel(torch.device("cpu"), torch.bfloat16)
+        ''
+    """
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else ""
 
 
 WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "dense", "sparse")
@@ -315,6 +340,10 @@ def resolve(device: str, dtype: str, checkpoint: str | Path) -> tuple[str, str]:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise LccpError(f"device {device!r} cannot be used: {one_line(error)}; try --device cpu") from error
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise LccpError(
+            f"device {device!r} cannot be used: torch sees {torch.cuda.device_count()} CUDA devices; try --device cpu"
+        )
     if kind == "meta":
         raise LccpError("device 'meta' holds no numbers and cannot be used; try --device cpu")
     if dtype == "auto" and kind == "cpu":
