@@ -21,6 +21,9 @@ SCHEMA_VERSION = 1
 RETRIEVAL_THRESHOLD = 0.1
 """Score above which a head is a retrieval head (arXiv 2604.02650, section on retrieval heads; arXiv 2404.15574)."""
 
+NULL_SUFFIX = "@decoy"
+"""Ends the name of a metric's null in the tables: the same metric on decoy spans, where nothing is to be retrieved."""
+
 
 class LccpError(Exception):
     """A mistake of input that the person at the keyboard can mend.

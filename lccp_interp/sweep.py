@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lccp_interp.checkpoints import find_checkpoints, read_config, refuse_ambiguous, tokenizer_hash
 from lccp_interp.schema import Case, CaseResult, Checkpoint, LccpError, Needle
 from lccp_interp.store import Run, RunWriter, result_frames
+from lccp_interp.tasks.decoys import N_DECOYS
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
@@ -185,6 +186,7 @@ def score_grid(
         "backend": "transformers",
         "dtype": dtype,
         "tokenizer": tokenizer_id,
+        "decoys": N_DECOYS,
         "cases_per_shard": CASES_PER_SHARD,
     }
     writer = RunWriter(out, config, cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -80,8 +81,8 @@ def test_bootstrap_equals_explicit_loops() -> None:
     draws = np.array(_slow_bootstrap(values, resamples.weights))
     for column in range(3):
         defined = draws[~np.isnan(draws[:, column]), column]
-        assert low[column] == pytest.approx(np.quantile(defined, 0.025))
-        assert high[column] == pytest.approx(np.quantile(defined, 0.975))
+        assert low[column] == pytest.approx(np.quantile(defined, (1 - resamples.level) / 2))
+        assert high[column] == pytest.approx(np.quantile(defined, (1 + resamples.level) / 2))
         assert mean[column] == pytest.approx(np.nanmean(values[:, column]))
     assert n.tolist() == [7, 6, 1]
 
@@ -159,11 +160,34 @@ def test_columns_and_order_of_the_score_table(run: Run) -> None:
     table = score_table(run, n_boot=10)
     assert table.columns == [
         *("checkpoint", "tokens_seen", "stage", "metric", "length", "layer", "head"),
-        *("score", "ci_low", "ci_high", "n", "ci_over"),
+        *("score", "ci_low", "ci_high", "n", "null_score", "above_null", "ci_over"),
     ]
     assert table.height == 16 * N_LAYERS * N_HEADS
     assert table["length"].unique().to_list() == [max(LENGTHS)]
     assert table.equals(table.sort("tokens_seen", "layer", "head"))
+
+
+def with_null(_: int, result: CaseResult) -> CaseResult:
+    """Decoys on which every head scores 0.3, give or take what cases differ by."""
+    jitter = 0.1 * (int(result.case_id.rsplit("-", 1)[1]) % 3 - 1)
+    null = np.full((N_LAYERS, N_HEADS), 0.3 + jitter, np.float32)
+    return dataclasses.replace(result, scores={**result.scores, "retrieval@decoy": null})
+
+
+def test_a_head_that_is_not_above_its_null_is_no_retrieval_head(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", lengths=(256,), change=with_null)
+    table = score_table(run, metric="retrieval", n_boot=200)
+    last = table.filter(pl.col("checkpoint") == "lccp-1.2M")
+    assert last["null_score"].to_list() == pytest.approx([0.3] * last.height, abs=0.05)
+    above = last.filter("above_null").select("layer", "head").rows()
+    # Planted at 0.75, 0.9 and 0.45 by then; (3, 0) and (2, 5) reach 0.3 and 0.35, which is about what chance gives.
+    assert {(2, 1), (3, 4), (1, 6)} <= set(above)
+    assert (3, 0) not in above
+    counts = {rule: census(table, rule=rule)["n_retrieval_heads"][-1] for rule in ("above null", "threshold")}
+    assert counts["above null"] == len(above) < counts["threshold"]
+    assert score_table(run, metric="wu", n_boot=10)["above_null"].null_count() == table.height
+    with pytest.raises(LccpError, match="unknown rule 'always' in the census: known are above null, threshold"):
+        census(table, rule="always")
 
 
 def test_how_parts_lie_on_disk_does_not_matter(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from lccp_interp.capture.model import HookedModel, load_model
 from lccp_interp.schema import Case, LccpError, Span
 from lccp_interp.scoring.engine import score_cases
 from lccp_interp.scoring.metrics import METRICS, AttentionRows, copy, needle_mass, retrieval, select_metrics, wu
+from lccp_interp.tasks.decoys import decoy_spans
 
 NAMES = tuple(METRICS)
 
@@ -194,9 +196,36 @@ def test_the_engine_equals_one_by_one_eager_runs(model):
         for layer, full in enumerate(output.attentions):
             weights = full[0, :, at, : case.length - 1]
             expected = slow_scores(weights, case.prompt_ids, case.answer_ids, case.source)
+            decoys = [slow_scores(weights, case.prompt_ids, case.answer_ids, span) for span in decoy_spans(case)]
             for name in NAMES:
                 assert result.scores[name][layer] == pytest.approx(expected[name], abs=1e-5), (name, layer)
+                null = np.mean([decoy[name] for decoy in decoys], axis=0)
+                assert result.scores[f"{name}@decoy"][layer] == pytest.approx(null, abs=1e-5), (name, layer)
     model.model.set_attn_implementation("sdpa")
+
+
+def test_decoys_are_spans_of_the_source_length_beside_the_needle():
+    for case in random_cases(30):
+        spans = decoy_spans(case, 20)
+        assert spans == decoy_spans(case, 20)
+        for span in spans:
+            assert len(span) == len(case.source)
+            assert span.start >= 0
+            assert span.end <= case.needle.start or case.needle.end <= span.start
+            assert span.end <= len(case.prompt_ids)
+    starts = {span.start for span in decoy_spans(random_cases(1)[0], 2000)}
+    case = random_cases(1)[0]
+    possible = case.needle.start - len(case.source) + 1, len(case.prompt_ids) - len(case.source) - case.needle.end + 1
+    assert len(starts) == sum(max(0, count) for count in possible)
+
+
+def test_no_room_for_a_decoy_is_undefined_and_not_zero(model):
+    case = random_cases(1)[0]
+    crowded = dataclasses.replace(case, needle=Span(0, len(case.prompt_ids)))
+    (result,) = score_cases(model, [crowded], METRICS)
+    for name in NAMES:
+        assert np.isnan(result.scores[f"{name}@decoy"]).all()
+        assert np.isfinite(result.scores[name]).all()
 
 
 def test_order_and_batching_do_not_matter(model):

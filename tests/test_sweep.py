@@ -37,7 +37,7 @@ def test_every_case_of_every_checkpoint_is_scored(undisturbed):
     scores, outcomes = tables(undisturbed)
     assert run.cases.height == 2 * 3 * 2
     assert outcomes.height == 3 * 12
-    assert scores.height == 3 * 12 * 4 * 3 * 4  # checkpoints x cases x metrics x layers x heads
+    assert scores.height == 3 * 12 * 8 * 3 * 4  # checkpoints x cases x (metrics and their nulls) x layers x heads
     assert scores["value"].is_between(0, 1).all()
     assert outcomes["answer_ppl"].is_finite().all()
     assert run.checkpoints["stage"].to_list() == ["pretrain", "lccp", "lccp"]

@@ -42,6 +42,7 @@ __all__ = [
     "stability",
 ]
 
+RULES = ("above null", "threshold")
 PAPER_TOP_K = 30
 """How many top heads Table 5 of arXiv 2604.02650 compares (of 32 layers x 32 heads)."""
 
@@ -62,6 +63,13 @@ class HeadSample:
         n_checkpoints, n_cases, n_heads = values.values.shape
         flat = values.values.transpose(1, 0, 2).reshape(n_cases, n_checkpoints * n_heads)
         mean, low, high, n = bootstrap_means(flat, self.resamples)
+        null = values.null.transpose(1, 0, 2).reshape(n_cases, n_checkpoints * n_heads)
+        above_null = pl.Series([None] * flat.shape[1], dtype=pl.Boolean)
+        if not np.isnan(null).all():
+            # Paired: a score and its null come from the same cases.
+            _, lower, _, _ = bootstrap_means(flat - null, self.resamples)
+            decided = [None if np.isnan(bound) else bool(bound > 0) for bound in lower]
+            above_null = pl.Series(decided, dtype=pl.Boolean)
         repeated = values.checkpoints.select(pl.all().repeat_by(n_heads).explode())
         return repeated.with_columns(
             metric=pl.lit(values.metric),
@@ -72,6 +80,8 @@ class HeadSample:
             ci_low=pl.Series(low),
             ci_high=pl.Series(high),
             n=pl.Series(n),
+            null_score=pl.Series(mean_defined(null)[0]),
+            above_null=above_null,
             ci_over=pl.lit(self.resamples.ci_over),
         )
 
@@ -150,10 +160,11 @@ def score_table(
         seed: of the resamples.
 
     Returns:
-        Columns checkpoint, tokens_seen, stage, metric, length, layer, head, score, ci_low, ci_high, n, ci_over; sorted
-        by tokens_seen, layer, head. `score` is a fraction (0..1 for `retrieval`, `copy`, `needle_mass`; `wu` may pass
-        1), `n` the number of cases in which it is defined; without any the score is NaN. Checkpoints that are not
-        scored at this length yet have no rows.
+        Columns checkpoint, tokens_seen, stage, metric, length, layer, head, score, ci_low, ci_high, n, null_score (mean
+        of the same metric on decoy spans of the same prompts), above_null (whether the paired interval of score - null
+        lies above 0; null where no decoys were measured), ci_over; sorted by tokens_seen, layer, head. `score` is a
+        fraction (0..1 for `retrieval`, `copy`, `needle_mass`; `wu` may pass 1), `n` the number of cases in which it is
+        defined; without any the score is NaN. Checkpoints that are not scored at this length yet have no rows.
 
     Raises:
         LccpError: unknown metric, length or mode (the known ones are listed), or a confidence outside (0, 1).
@@ -171,19 +182,22 @@ def census(
     table: pl.DataFrame,
     *,
     threshold: float = RETRIEVAL_THRESHOLD,
+    rule: str = "above null",
     base: str | None = None,
     sample: HeadSample | None = None,
 ) -> pl.DataFrame:
     """Number of retrieval heads and mean score of the initial ones, per checkpoint (arXiv 2604.02650, Figure 5).
 
-    A retrieval head has score > `threshold`. The *initial* heads are the retrieval heads of the base checkpoint. As
-    they are chosen and averaged on the same cases, their mean at the base checkpoint itself is a little too high
-    (whoever just passed the threshold by luck is in). The number of retrieval heads carries no interval: resampling
-    pushes heads near the threshold over it on both sides and biases the count.
+    A retrieval head has score > `threshold` and is above its null; the paper asks for the threshold only. The *initial*
+    heads are the retrieval heads of the base checkpoint. As they are chosen and averaged on the same cases, their mean
+    at the base checkpoint itself is a little too high (whoever just passed the threshold by luck is in). The number of
+    retrieval heads carries no interval: resampling pushes heads near the threshold over it on both sides and biases the
+    count.
 
     Args:
         table: from `score_table`.
         threshold: above which a head is a retrieval head.
+        rule: `above null` (where decoys were measured) or `threshold` (the paper's).
         base: name of the base checkpoint; None means the last before the last stage, or the first of one stage.
         sample: what `table` was made from (`head_sample`); without it the interval of the mean is NaN.
 
@@ -193,7 +207,7 @@ def census(
         mean_initial_low, mean_initial_high (NaN without initial heads).
 
     Raises:
-        LccpError: an empty table, or a base checkpoint that is not in it.
+        LccpError: an empty table, an unknown rule, or a base checkpoint that is not in the table.
 
     Example:
         >>> table = pl.DataFrame({
@@ -204,18 +218,17 @@ def census(
     """
     names = table.select("checkpoint", "tokens_seen").unique().sort("tokens_seen", "checkpoint")["checkpoint"].to_list()
     base = base_checkpoint(table) if base is None else choose("base checkpoint", base, names, "the score table")
-    initial = table.filter(
-        pl.col("checkpoint") == base, pl.col("score").is_not_nan(), pl.col("score") > threshold
-    ).select("layer", "head", initial=pl.lit(True))
+    table = table.with_columns(retrieves=is_retrieval_head(table, threshold=threshold, rule=rule))
+    initial = table.filter("retrieves", pl.col("checkpoint") == base).select("layer", "head", initial=pl.lit(True))
     score = pl.col("score").fill_nan(None)
     marked = table.join(initial, on=["layer", "head"], how="left").with_columns(pl.col("initial").fill_null(False))
     counts = (
         marked.group_by("checkpoint", "tokens_seen", "stage")
         .agg(
             n_heads=score.count().cast(pl.Int64),
-            n_retrieval_heads=(score > threshold).sum().cast(pl.Int64),
-            n_from_base=((score > threshold) & pl.col("initial")).sum().cast(pl.Int64),
-            n_newborn=((score > threshold) & ~pl.col("initial")).sum().cast(pl.Int64),
+            n_retrieval_heads=pl.col("retrieves").sum().cast(pl.Int64),
+            n_from_base=(pl.col("retrieves") & pl.col("initial")).sum().cast(pl.Int64),
+            n_newborn=(pl.col("retrieves") & ~pl.col("initial")).sum().cast(pl.Int64),
             n_initial=pl.lit(initial.height, dtype=pl.Int64),
             mean_initial_score=score.filter(pl.col("initial")).mean().cast(pl.Float64).fill_null(float("nan")),
         )
@@ -228,6 +241,31 @@ def census(
         "checkpoint", mean_initial_low="ci_low", mean_initial_high="ci_high"
     )
     return counts.join(bounds, on="checkpoint", how="left", maintain_order="left")
+
+
+def is_retrieval_head(
+    table: pl.DataFrame, *, threshold: float = RETRIEVAL_THRESHOLD, rule: str = "above null"
+) -> pl.Series:
+    """Whether each row of a score table is a retrieval head's; an undefined score is none.
+
+    Args:
+        table: from `score_table`.
+        threshold: the score has to exceed it.
+        rule: `above null` asks also that the head be above its null, where decoys were measured; `threshold` does not.
+
+    Raises:
+        LccpError: an unknown rule.
+
+    Example:
+        >>> table = pl.DataFrame({"score": [0.3, 0.3, 0.05, float("nan")], "above_null": [True, False, True, None]})
+        >>> is_retrieval_head(table).to_list(), is_retrieval_head(table, rule="threshold").to_list()
+        ([True, False, False, False], [True, True, False, False])
+    """
+    choose("rule", rule, RULES, "the census")
+    above = pl.col("score").is_not_nan() & (pl.col("score") > threshold)
+    if rule == "above null" and "above_null" in table.columns:
+        above = above & pl.col("above_null").fill_null(True)
+    return table.select(above.alias("retrieves"))["retrieves"]
 
 
 def effective_top_k(top_k: int | None, n_heads: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from lccp_interp.schema import LccpError
+from lccp_interp.schema import NULL_SUFFIX, LccpError
 from lccp_interp.store import Run
 
 NIAH_TASK = "niah"
@@ -121,7 +121,8 @@ class HeadValues:
 
     `values` is `[checkpoint, case, head]` (NaN where undefined or not scored yet), `checkpoints` a table with columns
     checkpoint, tokens_seen, stage in the order of the first axis, `heads` an array `[head, 2]` of (layer, head) in the
-    order of the last, `clusters` the cluster number of each case.
+    order of the last, `clusters` the cluster number of each case. `null` has the shape of `values`: the same metric on
+    decoy spans of the same prompts, all NaN in a run that holds none.
     """
 
     metric: str
@@ -131,6 +132,7 @@ class HeadValues:
     heads: NDArray[np.int64]
     clusters: NDArray[np.int64]
     values: NDArray[np.float32]
+    null: NDArray[np.float32]
 
 
 def head_values(
@@ -154,9 +156,11 @@ def head_values(
     cases = niah_cases(run).filter(pl.col("length") == length)
     long = (
         run.scores.filter(
-            pl.col("metric") == metric, pl.col("mode") == mode, pl.col("case_id").is_in(cases["case_id"].implode())
+            pl.col("metric").is_in([metric, metric + NULL_SUFFIX]),
+            pl.col("mode") == mode,
+            pl.col("case_id").is_in(cases["case_id"].implode()),
         )
-        .select("checkpoint", "case_id", "layer", "head", "value")
+        .select("checkpoint", "case_id", "layer", "head", "value", is_null=pl.col("metric") != metric)
         .collect()
     )
     if long.is_empty():
@@ -170,7 +174,8 @@ def head_values(
         .join(cases.select("case_id").with_row_index("j"), on="case_id")
         .join(heads.with_row_index("k"), on=["layer", "head"])
     )
-    values = np.full((checkpoints.height, cases.height, heads.height), np.nan, np.float32)
-    values[indexed["i"].to_numpy(), indexed["j"].to_numpy(), indexed["k"].to_numpy()] = indexed["value"].to_numpy()
+    both = np.full((2, checkpoints.height, cases.height, heads.height), np.nan, np.float32)
+    at = [indexed[axis].to_numpy() for axis in ("is_null", "i", "j", "k")]
+    both[at[0].astype(np.int64), at[1], at[2], at[3]] = indexed["value"].to_numpy()
     clusters = np.unique(cases["cluster"].to_numpy(), return_inverse=True)[1]
-    return HeadValues(metric, length, mode, checkpoints, heads.to_numpy().astype(np.int64), clusters, values)
+    return HeadValues(metric, length, mode, checkpoints, heads.to_numpy().astype(np.int64), clusters, *both)

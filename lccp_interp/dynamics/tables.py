@@ -12,9 +12,10 @@ from functools import cached_property
 import polars as pl
 
 from lccp_interp.dynamics.births import events, lives
-from lccp_interp.dynamics.heads import HeadSample, census, head_sample, stability
+from lccp_interp.dynamics.heads import HeadSample, census, head_sample, is_retrieval_head, stability
 from lccp_interp.dynamics.outcomes import outcome_table
 from lccp_interp.dynamics.selection import base_checkpoint, choose_length, choose_mode, niah_cases
+from lccp_interp.schema import RETRIEVAL_THRESHOLD
 from lccp_interp.store import Run
 
 
@@ -68,8 +69,15 @@ class RunTables:
 
     @cached_property
     def scores(self) -> pl.DataFrame:
-        """`score_table`."""
-        return self.sample.table()
+        """`score_table`, with a column `retrieves`: whether the row is a retrieval head's."""
+        table = self.sample.table()
+        return table.with_columns(retrieves=is_retrieval_head(table).cast(pl.Float64))
+
+    @cached_property
+    def rule(self) -> str:
+        """In words, what makes a retrieval head here."""
+        measured = self.scores["above_null"].is_not_null().any()
+        return f"score above {RETRIEVAL_THRESHOLD:g}" + (" and above its null on decoy spans" if measured else "")
 
     @cached_property
     def census(self) -> pl.DataFrame:

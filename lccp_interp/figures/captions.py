@@ -6,7 +6,6 @@ from lccp_interp.dynamics.selection import choose
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.life_rows import life_rows
 from lccp_interp.figures.style import format_length
-from lccp_interp.schema import RETRIEVAL_THRESHOLD
 from lccp_interp.store import Run
 
 PPL_SCALE = "The perplexity scale is logarithmic in the loss (ln PPL), so that changes close to 1 can be seen."
@@ -77,15 +76,15 @@ def _head_heatmaps(tables: RunTables) -> str:
     n_heads = tables.scores.select("layer", "head").n_unique()
     return (
         f"Scores of all {n_heads} heads, layers by heads, one panel per checkpoint; frames mark retrieval heads "
-        f"(score > {RETRIEVAL_THRESHOLD:g}). {_heads(tables)}"
+        f"({tables.rule}). {_heads(tables)}"
     )
 
 
 def _retrieval_heads(tables: RunTables) -> str:
     n_initial = int(tables.census["n_initial"][0])
     return (
-        f"Above, the number of retrieval heads (score > {RETRIEVAL_THRESHOLD:g}), split into initial heads (those of "
-        f"the base checkpoint {tables.base}) and others; below, the mean score of the {n_initial} initial heads. "
+        f"Above, the number of retrieval heads ({tables.rule}), split into initial heads (those of the base checkpoint "
+        f"{tables.base}) and others; below, the mean score of the {n_initial} initial heads. "
         f"{_heads(tables)} {_interval(tables)}"
     )
 

@@ -299,9 +299,9 @@ def head_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) -
     highest = RETRIEVAL_THRESHOLD
     for i, name in enumerate(panels):
         rows = tables.scores.filter(pl.col("checkpoint") == name)
-        matrix, low, high, n = (
+        matrix, low, high, n, retrieves = (
             style.cell_matrix(rows, layers, heads, "layer", "head", column)
-            for column in ("score", "ci_low", "ci_high", "n")
+            for column in ("score", "ci_low", "ci_high", "n", "retrieves")
         )
         highest = max(highest, style.defined_range([matrix], (0.0, 0.0))[1])
         hover = [
@@ -321,7 +321,7 @@ def head_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) -
             **place,
         )
         frame = {"color": style.COLOURS["newborn"], "width": 2 if len(heads) <= 16 else 1}
-        for row, column in np.argwhere(np.nan_to_num(matrix) > RETRIEVAL_THRESHOLD).tolist():
+        for row, column in np.argwhere(retrieves == 1).tolist():
             marks.cell(i, row, column, line=frame)
         marks.undefined(matrix, i)
     for update, values in ((figure.update_xaxes, heads), (figure.update_yaxes, layers)):

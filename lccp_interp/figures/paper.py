@@ -263,16 +263,17 @@ def niah_trajectory(run: Run | RunTables) -> Figure:
 def head_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) -> Figure:
     """Scores of all heads, layers x heads, a panel per checkpoint (arXiv 2604.02650, Figure 4).
 
-    Retrieval heads (score > 0.1) are framed.
+    Retrieval heads are framed.
     """
     tables = RunTables.of(run)
     panels = style.select_panels(tables.scored, tables.base, max_panels)
     layers = sorted(tables.scores["layer"].unique())
     heads = sorted(tables.scores["head"].unique())
-    matrices = [
-        style.cell_matrix(tables.scores.filter(pl.col("checkpoint") == name), layers, heads, "layer", "head", "score")
-        for name in panels
-    ]
+    parts = [tables.scores.filter(pl.col("checkpoint") == name) for name in panels]
+    matrices, framed = (
+        [style.cell_matrix(part, layers, heads, "layer", "head", column) for part in parts]
+        for column in ("score", "retrieves")
+    )
     _, high = style.defined_range(matrices, (0.0, 1.0))
     with mpl.rc_context(RC):
         columns = min(len(panels), 6 if len(heads) <= 16 else 3)
@@ -281,11 +282,11 @@ def head_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) -
         figure = _canvas(DOUBLE_COLUMN_INCHES, 0.35 + n_rows * (0.35 + min(2.2, width * len(layers) / len(heads))))
         axes = _panel_grid(figure, len(panels), columns)
         norm = Normalize(0.0, max(high, RETRIEVAL_THRESHOLD))
-        for axis, name, matrix in zip(axes, panels, matrices, strict=True):
+        for axis, name, matrix, retrieves in zip(axes, panels, matrices, framed, strict=True):
             mesh = _heatmap(axis, matrix, _colormap(style.SCORES), norm)
             frame: Any = {"fill": False, "edgecolor": style.COLOURS["newborn"]}
             frame["linewidth"] = 0.8 if len(heads) <= 16 else 0.4
-            for row, column in np.argwhere(np.nan_to_num(matrix) > RETRIEVAL_THRESHOLD):
+            for row, column in np.argwhere(retrieves == 1):
                 axis.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, **frame))
             axis.set_title(_panel_title(tables, name), fontsize=6.5)
             for set_ticks, values in ((axis.set_xticks, heads), (axis.set_yticks, layers)):

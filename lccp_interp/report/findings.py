@@ -16,7 +16,6 @@ import polars as pl
 from lccp_interp.dynamics.heads import stability
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.style import format_length, format_number, format_tokens, head_name, stage_name
-from lccp_interp.schema import RETRIEVAL_THRESHOLD
 
 NEAR_FINAL = 0.95
 """Share of its final value at which the NIAH score counts as nearly there."""
@@ -118,8 +117,8 @@ def _count(tables: RunTables) -> Finding:
     n_base, n_last = rows[base]["n_retrieval_heads"], rows[last]["n_retrieval_heads"]
     text = (
         f"At the base checkpoint {base} ({format_tokens(_tokens_of(tables, base))} tokens) {n_base} of "
-        f"{rows[base]['n_heads']} heads {_is_are(n_base)} retrieval heads ({tables.metric} score above "
-        f"{RETRIEVAL_THRESHOLD:g} at {format_length(tables.head_length)} tokens); at the last checkpoint {last} "
+        f"{rows[base]['n_heads']} heads {_is_are(n_base)} retrieval heads ({tables.metric} {tables.rule} "
+        f"at {format_length(tables.head_length)} tokens); at the last checkpoint {last} "
         f"({when(tables, _tokens_of(tables, last))}) there {_is_are(n_last)} {n_last}."
     )
     if n_base:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from lccp_interp.capture.model import HookedModel
 from lccp_interp.capture.prefill import CHUNK_TOKENS, Prefill, out_of_memory, release_memory
-from lccp_interp.schema import Case, CaseResult, LccpError
+from lccp_interp.schema import NULL_SUFFIX, Case, CaseResult, LccpError
 from lccp_interp.scoring.metrics import AttentionRows, HeadMetric
+from lccp_interp.tasks.decoys import decoy_spans
 from lccp_interp.tasks.prefixes import tokens_run, walk
 
 BATCH_TOKENS = 4096
@@ -57,7 +58,8 @@ def score_cases(
         on_tokens: told the lengths of the cases as they are finished, for progress.
 
     Returns:
-        One result per case, in the order of `cases`.
+        One result per case, in the order of `cases`. Beside each metric stands its null, `NAME@decoy`: the mean of the
+        same metric over decoy spans of the source's length elsewhere in the prompt; NaN where there is no room.
 
     Raises:
         LccpError: NaN logits, naming the checkpoint and the case; a model none of whose layers has attention; out of
@@ -143,21 +145,32 @@ def _score_together(prefill: Prefill, cases: Sequence[Case], metrics: Mapping[st
 
 
 class _Reduced:
-    """The rows of one pass, reduced to one `[case, metric, head]` tensor per layer, left on the layer's device."""
+    """The rows of one pass, reduced to one `[case, metric, head]` tensor per layer, left on the layer's device.
+
+    Every metric comes first, then the null of each.
+    """
 
     def __init__(self, cases: Sequence[Case], metrics: Mapping[str, HeadMetric]) -> None:
         self.cases, self.metrics = cases, metrics
         self.sequences = torch.tensor([case.prompt_ids + case.answer_ids for case in cases])
         self.n_events = [len(case.answer_ids) for case in cases]
+        self.decoys = [decoy_spans(case) for case in cases]
+        self.names = [*metrics, *(name + NULL_SUFFIX for name in metrics)]
         self._layers: dict[int, Tensor] = {}
 
     def add(self, layer: int, weights: Tensor) -> None:
         """The sink: weights `[case, head, event, key]` of one layer."""
         on_device = self.sequences.to(weights.device)
         per_case = []
-        for ids, case_weights, case, n in zip(on_device, weights, self.cases, self.n_events, strict=True):
-            rows = AttentionRows(case_weights[:, -n:], ids[:-n], ids[-n:], case.source)
-            per_case.append(torch.stack([metric(rows) for metric in self.metrics.values()]))
+        for index, (ids, case_weights) in enumerate(zip(on_device, weights, strict=True)):
+            n = self.n_events[index]
+            rows = AttentionRows(case_weights[:, -n:], ids[:-n], ids[-n:], self.cases[index].source)
+            decoys = [rows.over(span) for span in self.decoys[index]]
+            values = [metric(rows) for metric in self.metrics.values()]
+            for metric in self.metrics.values():
+                nulls = [metric(decoy) for decoy in decoys]
+                values.append(torch.stack(nulls).mean(0) if nulls else torch.full_like(values[0], torch.nan))
+            per_case.append(torch.stack(values))
         self._layers[layer] = torch.stack(per_case)
 
     def results(self, model: HookedModel, logits: Tensor) -> list[CaseResult]:
@@ -181,7 +194,7 @@ class _Reduced:
                 CaseResult(
                     case_id=case.case_id,
                     layers=layers,
-                    scores={name: scores[index, m] for m, name in enumerate(self.metrics)},
+                    scores={name: scores[index, m] for m, name in enumerate(self.names)},
                     answer_loss_nats=loss.numpy(),
                     greedy_ids=tuple(answer_logits.argmax(dim=-1).tolist()),
                 )

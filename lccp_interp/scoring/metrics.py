@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -50,6 +50,12 @@ class AttentionRows:
         in_source = (self.attended >= self.source.start) & (self.attended < self.source.end)
         token = self.prompt_ids[self.attended.clamp(max=self.prompt_ids.numel() - 1)]
         return in_source & (token == self.answer_ids)
+
+    def over(self, source: Span) -> AttentionRows:
+        """The same rows, read as if `source` were what the answer copies."""
+        rows = replace(self, source=source)
+        rows.__dict__["attended"] = self.attended  # where a head looks does not depend on it
+        return rows
 
     @property
     def source_ids(self) -> Int[Tensor, " source"]:

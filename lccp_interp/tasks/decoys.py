@@ -1,0 +1,39 @@
+"""Decoys: spans of a case's own prompt, as long as its source, in which there is nothing to retrieve.
+
+What a head scores on them is what it scores by chance in this very text: the null of its retrieval score. This module
+draws spans; it refuses to know scores. Cost: a few random numbers per case.
+"""
+
+from __future__ import annotations
+
+import random
+
+from lccp_interp.schema import Case, Span
+
+N_DECOYS = 2
+"""Decoys per case. Cases are many, and it is their mean that is compared."""
+
+
+def decoy_spans(case: Case, n: int = N_DECOYS) -> tuple[Span, ...]:
+    """Spans of the source's length within the prompt that do not touch the needle; the same ones for the same case.
+
+    Args:
+        case: whose prompt.
+        n: how many, drawn with replacement.
+
+    Returns:
+        `n` spans, or none where the prompt has no room for any beside its needle.
+
+    Example:
+        >>> case = Case("c1", "niah", 9, 0.5, "n", "h", 0, 0, (7,) * 8, (1, 2), Span(0, 5), Span(2, 4))
+        >>> [(span.start, span.end) for span in decoy_spans(case, 3)]
+        [(6, 8), (5, 7), (6, 8)]
+    """
+    length = len(case.source)
+    before = range(0, case.needle.start - length + 1)
+    after = range(case.needle.end, len(case.prompt_ids) - length + 1)
+    starts = [*before, *after]
+    if not starts:
+        return ()
+    draw = random.Random(f"{case.seed} {case.case_id}")
+    return tuple(Span(start, start + length) for start in draw.choices(starts, k=n))
