@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from lccp_interp.dynamics.births import events, lives
+from lccp_interp.dynamics.ranking import membership
 from lccp_interp.dynamics.resampling import (
     Resamples,
     bootstrap_means,
@@ -292,9 +293,9 @@ def stability(table: pl.DataFrame, *, top_k: int | None = None) -> pl.DataFrame:
         top_k: size of the top list; None means min(30, a quarter of the heads). The column `top_k` states it.
 
     Returns:
-        Columns from_checkpoint, to_checkpoint, from_tokens, to_tokens, top_k, overlap (heads in both top lists, ties
-        broken by layer and head), overlap_by_chance (expected under independent rankings, k^2 / n_heads), spearman
-        (rank correlation over the heads defined in both, NaN if either is constant), n_heads.
+        Columns from_checkpoint, to_checkpoint, from_tokens, to_tokens, top_k, overlap (heads in both top lists; where
+        scores tie, the mean over all ways to break them), overlap_by_chance (expected under independent rankings,
+        k^2 / n_heads), spearman (rank correlation over the heads defined in both, NaN if either is constant), n_heads.
 
     Raises:
         LccpError: `top_k` below 1.
@@ -304,7 +305,7 @@ def stability(table: pl.DataFrame, *, top_k: int | None = None) -> pl.DataFrame:
         ...     "checkpoint": ["a"] * 4 + ["b"] * 4, "tokens_seen": [0] * 4 + [9] * 4, "layer": [0] * 8,
         ...     "head": [0, 1, 2, 3] * 2, "score": [0.4, 0.3, 0.2, 0.1, 0.3, 0.4, 0.2, 0.1]})
         >>> stability(table, top_k=1).select("overlap", pl.col("spearman").round(3)).rows()
-        [(0, 0.8)]
+        [(0.0, 0.8)]
     """
     schema = {
         "from_checkpoint": pl.String,
@@ -312,7 +313,7 @@ def stability(table: pl.DataFrame, *, top_k: int | None = None) -> pl.DataFrame:
         "from_tokens": pl.Int64,
         "to_tokens": pl.Int64,
         "top_k": pl.Int64,
-        "overlap": pl.Int64,
+        "overlap": pl.Float64,
         "overlap_by_chance": pl.Float64,
         "spearman": pl.Float64,
         "n_heads": pl.Int64,
@@ -328,10 +329,8 @@ def stability(table: pl.DataFrame, *, top_k: int | None = None) -> pl.DataFrame:
             .filter(pl.col("before").is_not_nan(), pl.col("after").is_not_nan())
         )
         k = effective_top_k(top_k, pair.height)
-        best_before, best_after = (
-            pair.sort(column, "layer", "head", descending=[True, False, False]).head(k).select("layer", "head").rows()
-            for column in ("before", "after")
-        )
+        scores = [pair[column].to_numpy() for column in ("before", "after")]
+        in_both = np.prod([membership(values, np.array([k]))[0] for values in scores], axis=0)
         rows.append(
             {
                 "from_checkpoint": before,
@@ -339,16 +338,16 @@ def stability(table: pl.DataFrame, *, top_k: int | None = None) -> pl.DataFrame:
                 "from_tokens": before_tokens,
                 "to_tokens": after_tokens,
                 "top_k": k,
-                "overlap": len({*best_before} & {*best_after}),
+                "overlap": float(in_both.sum()),
                 "overlap_by_chance": k * k / pair.height if pair.height else float("nan"),
-                "spearman": _spearman(pair["before"].to_numpy(), pair["after"].to_numpy()),
+                "spearman": spearman(*scores),
                 "n_heads": pair.height,
             }
         )
     return pl.DataFrame(rows, schema=schema)
 
 
-def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Spearman's rho with average ranks for ties; NaN where scipy would warn (constant or fewer than two)."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")

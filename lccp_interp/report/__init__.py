@@ -245,7 +245,7 @@ def _stability(tables: RunTables) -> str:
         (
             row["from_checkpoint"],
             row["to_checkpoint"],
-            f"{row['overlap']}/{row['top_k']}",
+            f"{row['overlap']:.3g}/{row['top_k']}",
             f"{row['overlap'] / row['top_k']:.2f}",
             f"{row['overlap_by_chance'] / row['top_k']:.2f}",
             format_number(row["spearman"]),
@@ -262,8 +262,8 @@ def _stability(tables: RunTables) -> str:
     return (
         '<h2 id="stability">Stability of the ranking</h2><p class="note">Each checkpoint against the next. The '
         "number of top heads compared is a quarter of all, at most the paper's 30. Where few heads score at all, the "
-        "lower part of the ranking is noise: Spearman's rho is low for that reason, and equal scores (often 0) are "
-        "ordered by layer and head, which makes the overlap look large.</p>"
+        "lower part of the ranking is noise: Spearman's rho is low for that reason. Of heads with equal scores (often "
+        "0) at the end of a top list each counts for its chance to be in it.</p>"
         + table(columns, rows, text_columns=(0, 1), appended=(title, published))
     )
 

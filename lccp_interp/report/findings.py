@@ -13,7 +13,9 @@ from typing import Any
 
 import polars as pl
 
+from lccp_interp.dynamics.curves import LOSS_NATS
 from lccp_interp.dynamics.heads import stability
+from lccp_interp.dynamics.saturation import deceptive_saturation
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.style import format_length, format_number, format_tokens, head_name, stage_name
 
@@ -50,6 +52,7 @@ def findings(tables: RunTables) -> list[Finding]:
         _births_and_deaths(tables),
         _strongest(tables),
         _score_against_ppl(tables),
+        _saturation(tables),
         _ranking(tables),
         _depth(tables),
     ]
@@ -298,15 +301,24 @@ def _score_against_ppl(tables: RunTables) -> Finding:
     return Finding(heading, text)
 
 
+def _saturation(tables: RunTables) -> Finding:
+    found = deceptive_saturation(tables.run, length=tables.head_length, mode=tables.read_mode)
+    name = "answer loss" if found.ppl["metric"] == LOSS_NATS else "answer perplexity"
+    text = f"{found.sentence} Verdicts: NIAH score {found.score['verdict']}, {name} {found.ppl['verdict']}"
+    return Finding(
+        "Saturation", f"{text} (share of the fitted gain: {100 * found.score['share']:.3g} %; 95 % intervals)."
+    )
+
+
 def _ranking(tables: RunTables) -> Finding | None:
     base, last = _ends(tables)
     if base == last:
         return None
     row = stability(tables.scores.filter(pl.col("checkpoint").is_in([base, last]))).row(0, named=True)
     text = (
-        f"Of the {row['top_k']} highest-scoring heads of {base}, {row['overlap']} are among the {row['top_k']} highest "
-        f"of {last} ({row['overlap_by_chance']:.1f} by chance); the rank correlation of all {row['n_heads']} heads is "
-        f"{format_number(row['spearman'], 2)}."
+        f"Of the {row['top_k']} highest-scoring heads of {base}, {row['overlap']:.3g} are among the "
+        f"{row['top_k']} highest of {last} ({row['overlap_by_chance']:.1f} by chance); the rank correlation of all "
+        f"{row['n_heads']} heads is {format_number(row['spearman'], 2)}."
     )
     return Finding("Same heads?", text)
 
