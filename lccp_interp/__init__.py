@@ -38,12 +38,22 @@ _HOMES = {
     "plan_study": "plan",
     "score": "sweep",
     "Run": "store",
+    "read_heads": "imports",
+    "import_heads": "imports",
+    "import_probes": "imports",
     "score_table": "dynamics",
     "head_records": "dynamics",
     "census": "dynamics",
     "lives": "dynamics",
     "stability": "dynamics",
     "outcome_table": "dynamics",
+    "compare": "dynamics",
+    "survival": "dynamics",
+    "by_kv_head": "dynamics",
+    "saturation_table": "dynamics",
+    "deceptive_saturation": "dynamics",
+    "correlate": "dynamics",
+    "budget": "dynamics",
     "draw_figures": "figures",
     "write_report": "report",
 }
@@ -55,13 +65,23 @@ if TYPE_CHECKING:
     from lccp_interp.capture.selfcheck import self_check as self_check
     from lccp_interp.checkpoints import bundled_trajectory as bundled_trajectory
     from lccp_interp.checkpoints import find_checkpoints as find_checkpoints
+    from lccp_interp.dynamics import budget as budget
+    from lccp_interp.dynamics import by_kv_head as by_kv_head
     from lccp_interp.dynamics import census as census
+    from lccp_interp.dynamics import compare as compare
+    from lccp_interp.dynamics import correlate as correlate
+    from lccp_interp.dynamics import deceptive_saturation as deceptive_saturation
     from lccp_interp.dynamics import head_records as head_records
     from lccp_interp.dynamics import lives as lives
     from lccp_interp.dynamics import outcome_table as outcome_table
+    from lccp_interp.dynamics import saturation_table as saturation_table
     from lccp_interp.dynamics import score_table as score_table
     from lccp_interp.dynamics import stability as stability
+    from lccp_interp.dynamics import survival as survival
     from lccp_interp.figures import draw_figures as draw_figures
+    from lccp_interp.imports import import_heads as import_heads
+    from lccp_interp.imports import import_probes as import_probes
+    from lccp_interp.imports import read_heads as read_heads
     from lccp_interp.plan import plan_study as plan_study
     from lccp_interp.report import write_report as write_report
     from lccp_interp.schema import Case as Case

@@ -11,6 +11,7 @@ Layout of a run folder:
     cases.parquet     one row per case: the prompt's tokens, the answer's tokens, the exact spans
     scores/           checkpoint, tokens_seen, case_id, mode, metric, layer, head, value
     outcomes/         checkpoint, tokens_seen, case_id, mode, answer_loss_nats, answer_ppl, greedy_exact, ...
+    probes/           checkpoint, tokens_seen, benchmark, subset, length, metric, score, n, stderr
 """
 
 from __future__ import annotations
@@ -74,6 +75,21 @@ OUTCOMES_SCHEMA: dict[str, Any] = {
     "generated": pl.String,
 }
 TABLES: dict[str, dict[str, Any]] = {"scores": SCORES_SCHEMA, "outcomes": OUTCOMES_SCHEMA}
+PROBES_SCHEMA: dict[str, Any] = {
+    "checkpoint": pl.String,
+    "tokens_seen": pl.Int64,
+    "benchmark": pl.String,
+    "subset": pl.String,
+    "length": pl.Int64,
+    "metric": pl.String,
+    "score": pl.Float64,
+    "n": pl.Int64,
+    "stderr": pl.Float64,
+}
+"""Benchmark results per checkpoint. Null where there is none or it is not known: subset, length (tokens), n, stderr."""
+
+PROBE_KEY = ("checkpoint", "benchmark", "subset", "length", "metric")
+"""What a probe result is of; a run holds one score for each."""
 
 PROVENANCE_PACKAGES = ("lccp_interp", "torch", "transformers", "tokenizers", "numpy", "polars", "safetensors")
 
@@ -135,10 +151,20 @@ def part_name(checkpoint: str, shard: int) -> str:
         >>> part_name("lccp-1.2M", 3)
         'lccp-1.2M.0003.parquet'
     """
-    slug = re.sub(r"[^A-Za-z0-9._-]", "_", checkpoint).lstrip(".")
-    if slug != checkpoint or len(slug) > 100:
-        slug = f"{slug[:80]}-{hashlib.sha256(checkpoint.encode()).hexdigest()[:8]}"
-    return f"{slug}.{shard:04d}.parquet"
+    return f"{file_stem(checkpoint)}.{shard:04d}.parquet"
+
+
+def file_stem(name: str) -> str:
+    """`name` if it is a plain file name, else one made of it, with a hash to keep it unique.
+
+    Example:
+        >>> file_stem("lm-eval"), file_stem("a/b")
+        ('lm-eval', 'a_b-c14cddc0')
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")
+    if slug != name or len(slug) > 100:
+        slug = f"{slug[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return slug
 
 
 def provenance() -> dict[str, Any]:
@@ -336,6 +362,15 @@ class Run:
         """Per-case outcomes of every finished unit, columns as in `OUTCOMES_SCHEMA`."""
         return self._scan("outcomes")
 
+    @property
+    def probes(self) -> pl.LazyFrame:
+        """Benchmark results per checkpoint, columns as in `PROBES_SCHEMA`; no rows where none were added."""
+        parts = sorted((self.path / "probes").glob("*.parquet"))
+        for part in parts:
+            if not is_whole(part):
+                raise LccpError(f"{part} is not a whole Parquet file; delete it and add its results again")
+        return pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=PROBES_SCHEMA)
+
     def _scan(self, table: str) -> pl.LazyFrame:
         parts = sorted((self.path / table).glob("*.parquet"))
         if not parts:
@@ -361,6 +396,65 @@ def is_whole(part: Path) -> bool:
 def _check_magic(part: Path) -> None:
     if not is_whole(part):
         raise LccpError(f"{part} is not a whole Parquet file; run the scoring command again, it redoes this part")
+
+
+def append_probes(run_path: str | Path, name: str, frame: pl.DataFrame) -> Path:
+    """Add benchmark results to the run at `run_path` as one immutable part, whatever study the run is of.
+
+    Args:
+        run_path: a run folder.
+        name: of the part; one that is there is left alone if it holds the same rows, and refused if it does not.
+        frame: columns and types as in `PROBES_SCHEMA`, at least one row.
+
+    Returns:
+        The part's path.
+
+    Raises:
+        LccpError: no run there, a checkpoint that the run does not have or has with other tokens, a missing
+            benchmark, metric or score (an undefined score is NaN), or results that the run or `frame` itself already
+            holds.
+
+    Example:
+        >>> append_probes("runs/demo", "ruler", frame)   # doctest: +SKIP
+    """
+    run = Run.open(run_path)
+    if dict(frame.schema) != PROBES_SCHEMA or frame.is_empty():
+        raise ValueError(f"probes {name!r}: got {frame.schema} with {frame.height} rows")
+    part = run.path / "probes" / f"{file_stem(name)}.parquet"
+    if is_whole(part):
+        if pl.read_parquet(part).equals(frame):
+            return part
+        raise LccpError(f"{part} is there with other results; parts are never changed, so choose another name")
+    _check_probes(run, name, frame)
+    with replacing(part) as temporary:
+        frame.write_parquet(temporary)
+    return part
+
+
+def _check_probes(run: Run, name: str, frame: pl.DataFrame) -> None:
+    for column in ("checkpoint", "tokens_seen", "benchmark", "metric", "score"):
+        if frame[column].null_count():
+            row = int(frame[column].is_null().arg_max() or 0)
+            raise LccpError(f"probes {name!r}: row {row + 1} has no {column}; give one (an undefined score is NaN)")
+    known = dict(run.checkpoints.select("name", "tokens_seen").rows())
+    for checkpoint, tokens in frame.select("checkpoint", "tokens_seen").unique(maintain_order=True).rows():
+        if checkpoint not in known:
+            raise LccpError(
+                f"probes {name!r}: the run {run.path} has no checkpoint {checkpoint!r}; it has {', '.join(known)}"
+            )
+        if known[checkpoint] != tokens:
+            raise LccpError(
+                f"probes {name!r}: checkpoint {checkpoint!r} has {tokens} tokens, in {run.path} {known[checkpoint]}; "
+                "mend the wrong one"
+            )
+    twice = frame.filter(frame.select(PROBE_KEY).is_duplicated()).select(PROBE_KEY)
+    where = "twice in the new results"
+    if twice.is_empty():
+        twice = frame.join(run.probes.collect(), on=PROBE_KEY, how="semi", nulls_equal=True).select(PROBE_KEY)
+        where = f"already in {run.path / 'probes'}"
+    if twice.height:
+        what = ", ".join(f"{column} {value}" for column, value in twice.row(0, named=True).items() if value is not None)
+        raise LccpError(f"probes {name!r}: {what} is {where} ({twice.height} such rows); keep one score for each")
 
 
 def _read(path: Path) -> pl.DataFrame:

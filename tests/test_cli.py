@@ -44,7 +44,23 @@ def scored(trajectory, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["score"], ["plan"], ["check"], ["heads"], ["figures"], ["report"], ["organism", "train"]]
+    "command",
+    [
+        [],
+        ["demo"],
+        ["score"],
+        ["plan"],
+        ["check"],
+        ["heads"],
+        ["compare"],
+        ["import"],
+        ["figures"],
+        ["report"],
+        ["correlate"],
+        ["budget"],
+        ["saturation"],
+        ["organism", "train"],
+    ],
 )
 def test_every_command_explains_itself(run_cli, command):
     code, out, _ = run_cli(*command, "--help")

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lccp_interp"
 FLOW = (
-    "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "store", "sweep", "dynamics",
+    "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "store", "imports", "sweep", "dynamics",
     "figures", "report", "cli",
 )  # fmt: skip
 MAX_LINES = 600
@@ -50,7 +50,9 @@ def test_every_module_says_what_it_is_and_stays_readable(path):
     assert text.count("\n") <= MAX_LINES
 
 
-@pytest.mark.parametrize("module", ["store", "checkpoints", "tasks.niah", "dynamics", "figures", "report", "cli"])
+@pytest.mark.parametrize(
+    "module", ["store", "imports", "checkpoints", "tasks.niah", "dynamics", "figures", "report", "cli"]
+)
 def test_reading_tables_needs_no_torch(module):
     code = f"import sys, lccp_interp.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

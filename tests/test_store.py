@@ -12,10 +12,12 @@ import pytest
 
 from lccp_interp.schema import Case, CaseResult, Checkpoint, LccpError, Span
 from lccp_interp.store import (
+    PROBES_SCHEMA,
     SCORES_SCHEMA,
     TABLES,
     Run,
     RunWriter,
+    append_probes,
     cases_frame,
     cases_from_frame,
     part_name,
@@ -263,3 +265,69 @@ def test_part_names_never_leave_the_folder():
 
 def test_cases_survive_the_table():
     assert cases_from_frame(cases_frame(make_cases())) == make_cases()
+
+
+def probe(checkpoint="a", tokens=100, subset="qa_1", length=4096, score=61.5, **other):
+    row = {"benchmark": "ruler", "metric": "accuracy", "n": 500, "stderr": None} | other
+    row |= {"checkpoint": checkpoint, "tokens_seen": tokens, "subset": subset, "length": length, "score": score}
+    return pl.DataFrame([row], schema=PROBES_SCHEMA)
+
+
+def test_probes_are_parts_of_a_run_whatever_its_study(tmp_path):
+    fill(tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    assert Run.open(tmp_path / "run").probes.collect().equals(pl.DataFrame(schema=PROBES_SCHEMA))
+    first = append_probes(tmp_path / "run", "ruler", probe())
+    append_probes(
+        tmp_path / "run", "long/bio", probe(subset=None, length=None, score=float("nan"), benchmark="longbio")
+    )
+    probes = Run.open(tmp_path / "run").probes
+    assert dict(probes.collect_schema()) == PROBES_SCHEMA
+    assert sorted(probes.collect()["benchmark"]) == ["longbio", "ruler"]
+    assert first == tmp_path / "run" / "probes" / "ruler.parquet"
+    assert {path.parent for path in (tmp_path / "run" / "probes").iterdir()} == {first.parent}
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_part_of_probes_never_changes(tmp_path):
+    fill(tmp_path / "run")
+    part = append_probes(tmp_path / "run", "ruler", probe(score=float("nan")))
+    written = part.stat().st_mtime_ns
+    append_probes(tmp_path / "run", "ruler", probe(score=float("nan")))
+    assert part.stat().st_mtime_ns == written
+    with pytest.raises(LccpError, match=r"ruler\.parquet is there with other results; .* choose another name"):
+        append_probes(tmp_path / "run", "ruler", probe())
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (probe("b"), r"has no checkpoint 'b'; it has a$"),
+        (probe(tokens=7), r"checkpoint 'a' has 7 tokens, in .*run 100; mend"),
+        (probe(score=None), r"row 1 has no score; give one \(an undefined score is NaN\)"),
+        (pl.concat([probe("a"), probe(benchmark=None)]), "row 2 has no benchmark"),
+        (pl.concat([probe(length=None)] * 2), r"checkpoint a, benchmark ruler, subset qa_1, metric accuracy is twice"),
+        (probe(subset=None, length=None), r"benchmark ruler, metric accuracy is already in .*probes \(1 such rows\)"),
+    ],
+)
+def test_probes_that_do_not_fit_the_run_are_refused(tmp_path, frame, message):
+    fill(tmp_path / "run")
+    append_probes(tmp_path / "run", "old", probe(subset=None, length=None))
+    with pytest.raises(LccpError, match=message):
+        append_probes(tmp_path / "run", "new", frame)
+    assert [path.name for path in (tmp_path / "run" / "probes").iterdir()] == ["old.parquet"]
+
+
+def test_probes_of_another_shape_are_a_programming_error(tmp_path):
+    fill(tmp_path / "run")
+    for frame in (probe().drop("stderr"), probe().clear()):
+        with pytest.raises(ValueError, match="probes 'x'"):
+            append_probes(tmp_path / "run", "x", frame)
+
+
+def test_a_torn_part_of_probes_is_named_and_may_be_added_again(tmp_path):
+    fill(tmp_path / "run")
+    part = append_probes(tmp_path / "run", "ruler", probe())
+    part.write_bytes(b"PAR1")
+    with pytest.raises(LccpError, match=r"ruler\.parquet is not a whole Parquet file; delete it and add"):
+        _ = Run.open(tmp_path / "run").probes

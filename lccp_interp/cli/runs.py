@@ -1,4 +1,6 @@
-"""Commands that read a run folder and load no model: `heads`, `figures`, `report`.
+"""Commands that read a run folder and load no model.
+
+`heads`, `compare`, `import`, `figures`, `report`, `correlate`, `budget`, `saturation`.
 
 Each parses its options, calls one function of the package and prints what came back; it refuses to compute anything.
 """
@@ -16,6 +18,8 @@ from lccp_interp.cli.terminal import Format, FormatOption, LengthOption, RunArgu
 from lccp_interp.schema import LccpError
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from lccp_interp.store import Run
 
 
@@ -42,6 +46,117 @@ def heads(
     print_records(shown, output_format)
     if len(shown) < len(records) and output_format is Format.table:
         print(f"... and {len(records) - len(shown)} more (--top 0 shows all)", file=sys.stderr)
+
+
+@app.command()
+@guarded
+def compare(
+    run: RunArgument,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT|FILE|imported:NAME|RUN",
+            help="What every checkpoint is compared with: one of the run, a published head list (.json, .tsv, .csv), "
+            "an imported one, or another run (RUN:CHECKPOINT for one checkpoint of it). Default: the base checkpoint.",
+        ),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Size of the top lists; default: 30, but at most a quarter of the heads.")
+    ] = None,
+    length: LengthOption = None,
+    metric: Annotated[str, typer.Option(help="Head metric.")] = "retrieval",
+    threshold: Annotated[float, typer.Option(help="Score above which a head is a retrieval head.")] = 0.1,
+    reference_threshold: Annotated[
+        float | None, typer.Option(help="The same for the reference, where its scale is another.")
+    ] = None,
+    by_kv_head: Annotated[
+        bool, typer.Option("--by-kv-head", help="Compare groups of heads that share a key/value head.")
+    ] = False,
+    n_kv_heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Key/value heads per layer; default: as in a checkpoint's config.json."),
+    ] = None,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Compare the heads of every checkpoint with a reference: overlap of the top heads, Jaccard, RBO, Spearman."""
+    from lccp_interp.dynamics.comparison import compare as compare_run
+    from lccp_interp.imports import records
+    from lccp_interp.store import Run
+
+    comparison = compare_run(
+        Run.open(run),
+        reference,
+        metric=metric,
+        length=length,
+        top_k=top,
+        threshold=threshold,
+        reference_threshold=reference_threshold,
+        by_kv=by_kv_head,
+        n_kv_heads=n_kv_heads,
+    )
+    if output_format is Format.table:
+        print(f"{metric} at {comparison['length'][0]} tokens; n_heads heads, n cases", file=sys.stderr)
+        comparison = comparison.drop("stage", "metric", "length")
+    print_records(records(comparison), output_format)
+
+
+@app.command("import")
+@guarded
+def import_(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="wu, duo, heads-csv; probes-csv, probes-json.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Head scores or benchmark results from elsewhere.")],
+    into: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Run folder that keeps it; without it, FILE is only shown.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the run; default: the file's.")] = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="THEIRS=OURS", help="Which checkpoint of the run is meant; may be repeated."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of the best heads are shown.")] = 10,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Bring in head scores that others published, or benchmark results of checkpoints."""
+    from lccp_interp import imports
+
+    if kind in imports.PROBE_KINDS:
+        if into is None:
+            probes = imports.read_probes(file, kind)
+        else:
+            probes = imports.import_probes(into, kind, file, mapping=_pairs(mapping or []), name=name)
+        shown, summary = probes, {"file": file.name, "kind": kind, "rows": probes.height}
+    elif kind in imports.HEAD_KINDS.values():
+        if mapping:
+            raise LccpError(f"--map is for benchmark results ({', '.join(imports.PROBE_KINDS)}), not for {kind}")
+        heads = imports.read_heads(file, kind)
+        if into is not None:
+            heads = imports.import_heads(into, kind, file, name=name)
+        shown, summary = imports.top_heads(heads, top).drop("source", "kind"), imports.summarise_heads(heads)
+    else:
+        known = ", ".join([*imports.HEAD_KINDS.values(), *imports.PROBE_KINDS])
+        raise LccpError(f"unknown kind {kind!r}; known are {known}")
+    kept = None if into is None else {"run": str(into), "name": name or file.stem}
+    records = imports.records(shown)
+    if output_format is Format.json:
+        print_records({**summary, "kept": kept, "records": records}, output_format)
+        return
+    print_records(records, output_format)
+    if output_format is Format.table:
+        told = ", ".join(f"{key} {value}" for key, value in summary.items() if value is not None)
+        where = "not kept: add --into RUN" if kept is None else f"kept in {kept['run']} as {kept['name']}"
+        print(f"{told}; {where}", file=sys.stderr)
+
+
+def _pairs(mapping: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in mapping:
+        theirs, equals, ours = item.rpartition("=")
+        if not (theirs and equals and ours):
+            raise LccpError(f"--map {item!r}: expected THEIRS=OURS, like step100=lccp-20K")
+        if theirs in pairs:
+            raise LccpError(f"--map names {theirs!r} twice; keep one")
+        pairs[theirs] = ours
+    return pairs
 
 
 @app.command()
@@ -74,6 +189,118 @@ def report(
     from lccp_interp.store import Run
 
     print(page_of(Run.open(run), out, length))
+
+
+@app.command()
+@guarded
+def correlate(
+    run: RunArgument,
+    length: LengthOption = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Only this stage and the checkpoint before it, tokens counted from there.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="pearson, spearman or kendall.")] = "pearson",
+    common: Annotated[
+        bool, typer.Option("--common", help="Use the checkpoints that both series of a pair have; else refuse gaps.")
+    ] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The layout of the paper's Tables 3, 4, 6, 7, its numbers beside yours.")
+    ] = False,
+    lead_lag: Annotated[
+        int | None, typer.Option(metavar="CHECKPOINTS", help="Steps against steps, shifted by up to so many.")
+    ] = None,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Correlate cheap metrics with probe results: levels, detrended and differences, with exact small-n tests."""
+    from lccp_interp.dynamics import correlation
+    from lccp_interp.dynamics.series import IMPORT_HINT, run_series
+    from lccp_interp.store import Run
+
+    cheap, found = run_series(Run.open(run), length=length, stage=stage)
+    probes = None if found.is_empty() else found
+    if lead_lag is not None:
+        table = correlation.lead_lag(cheap, probes, max_lag=lead_lag, method=method, common=common)
+    else:
+        table = correlation.correlate(cheap, probes, method=method, common=common)
+    if paper:
+        table = correlation.paper_layout(table)
+    print_table(table, output_format)
+    if probes is None:
+        print(
+            f"{run} holds no probe results: the cheap metrics are correlated among themselves; {IMPORT_HINT}",
+            file=sys.stderr,
+        )
+
+
+@app.command()
+@guarded
+def budget(
+    run: RunArgument,
+    level: Annotated[float, typer.Option(help="Correlation that 19 of 20 such monitors must reach.")] = 0.95,
+    length: Annotated[
+        int | None, typer.Option(help="Length in tokens of the full curve; default: the run's longest.")
+    ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option(help="niah_score, answer_ppl, loss_nats, n_retrieval_heads, mean_initial_score; default: all."),
+    ] = None,
+    transform: Annotated[str, typer.Option(help="levels, detrended or differences.")] = "levels",
+    output_format: FormatOption = Format.table,
+) -> None:
+    """How many cases of which length give the run's curve, and what they cost beside an SFT probe."""
+    from lccp_interp.dynamics import subsampling
+    from lccp_interp.store import Run
+
+    asked = items(measures, "--measures") if measures is not None else subsampling.MEASURES
+    table = subsampling.budget(Run.open(run), level=level, length=length, measures=asked, transform=transform)
+    print_table(table, output_format)
+    if output_format is Format.table:
+        for sentence in subsampling.advice(table, level=level):
+            print(sentence)
+
+
+@app.command()
+@guarded
+def saturation(
+    run: RunArgument,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Length in tokens; default: the run's longest, and perplexity and loss at every length."),
+    ] = None,
+    share: Annotated[float, typer.Option(metavar="PERCENT", help="Share of the fitted gain that counts as done.")] = 95,
+    metric: Annotated[str | None, typer.Option(metavar="NAMES", help="Separated by commas; default: all.")] = None,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """When each metric made most of its gain, with intervals, and whether it is done: one row and verdict each."""
+    from lccp_interp.dynamics import saturation as dynamics
+    from lccp_interp.store import Run
+
+    opened = Run.open(run)
+    metrics = None if metric is None else items(metric, "--metric")
+    records = dynamics.saturation_records(opened, metrics=metrics, length=length, share=share / 100)
+    if output_format is not Format.table:
+        print_records(records, output_format)
+        return
+    print_records([{name: record[name] for name in dynamics.TABLE_COLUMNS} for record in records], output_format)
+    for record in records:
+        print(f"{dynamics.title(record)}: {record['verdict']}; {record['reason']}")
+    if metrics is None:
+        print(dynamics.deceptive_saturation(opened, length=length, share=share / 100).sentence)
+
+
+def print_table(table: pl.DataFrame, output_format: Format) -> None:
+    """Print a table of the package; NaN is null in JSON, and for people columns without a word are left out."""
+    import polars as pl
+
+    table = table.with_columns(pl.col(pl.Float64).fill_nan(None))
+    if output_format is Format.table:
+        if "sft_share" in table.columns:
+            table = table.with_columns(
+                sft_share=pl.col("sft_share").map_elements(lambda share: f"{100 * share:.2g} %", pl.String)
+            )
+        blank = table.select((pl.all().cast(pl.String).fill_null("") == "").all()).row(0, named=True)
+        table = table.drop(name for name, is_blank in blank.items() if is_blank)
+    print_records(table.to_dicts(), output_format)
 
 
 def findings_of(run: Run, length: int | None) -> Sequence[tuple[str, str]]:
