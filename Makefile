@@ -8,7 +8,7 @@ RUN    ?= runs/demo
 BIN    := .venv/bin
 PYTEST ?= -n 2
 
-.PHONY: demo test slow check format bench bench-gpu clean
+.PHONY: demo test slow check format bench bench-gpu calibrate clean
 
 .venv/ready: pyproject.toml Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -40,6 +40,9 @@ bench: .venv/ready   ## measure time and memory on the CPU (about 20 minutes), r
 
 bench-gpu: .venv/ready   ## the same on a CUDA device, under 8 minutes; without one it says so and changes nothing
 	$(BIN)/python -m benchmarks.gpu
+
+calibrate: .venv/ready   ## how often the statistics are wrong, on made-up data; rewrite docs/calibration.md
+	$(BIN)/python -m calibration
 
 clean:
 	rm -rf .venv runs

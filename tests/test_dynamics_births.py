@@ -57,6 +57,14 @@ def test_wide_intervals_give_no_events() -> None:
     assert trace_lives(score, np.full(4, NAN), np.full(4, NAN)) == []
 
 
+def test_intervals_count_where_checkpoints_are_compared() -> None:
+    """A wide interval of its own does not keep a checkpoint from being high; that it overlaps the earlier ones does."""
+    score = np.array([0.0, 0.0, 0.12, 0.12, 0.3])
+    for reach, expected in ((0.09, [Life(2, None)]), (0.11, [Life(4, None, True)]), (0.295, [])):
+        low = score - np.array([0.0, 0.0, reach, reach, reach])
+        assert trace_lives(score, low, score + 0.01) == expected
+
+
 def test_hold_asks_for_that_many_checkpoints() -> None:
     assert _lives(0.0, 0.3, 0.3, 0.0, 0.0, 0.0, hold=3) == []
     assert _lives(0.0, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0, hold=3) == [(1, 4, False)]
@@ -166,6 +174,13 @@ def test_only_the_last_event_of_a_life_is_provisional() -> None:
     assert events(table).select("kind", "provisional").rows() == [("birth", False), ("death", True)]
 
 
+def test_events_and_peaks_carry_their_intervals() -> None:
+    table = _table([0.0, 0.3, 0.5, 0.0, 0.0])
+    assert lives(table).select("peak_score", "peak_low", "peak_high").row(0) == pytest.approx((0.5, 0.49, 0.51))
+    found = events(table).select("score", "ci_low", "ci_high").rows()
+    assert found == [pytest.approx((0.3, 0.29, 0.31)), pytest.approx((0.0, -0.01, 0.01))]
+
+
 def test_no_lives_keep_the_columns() -> None:
     nothing = _table([0.0, 0.0])
     assert lives(nothing).is_empty()
@@ -180,3 +195,9 @@ def test_errors() -> None:
         lives(_table([0.0]), hold=0)
     with pytest.raises(LccpError, match="read at one length, the table holds 256, 512"):
         lives(_table([0.0, 0.1], length=[256, 512]))
+    with pytest.raises(LccpError, match=r"no two alike, the table has 'c1' at 10 tokens; 'c2' at 10 tokens; tell the"):
+        lives(_table([0.0, 0.3, 0.3], tokens_seen=[0, 10, 10]))
+    with pytest.raises(LccpError, match=r"one token count per checkpoint .* has 'c0' at 0 tokens; 'c0' at 10 tokens"):
+        events(_table([0.0, 0.3], checkpoint=["c0", "c0"]))
+    with pytest.raises(LccpError, match="the table has several for 2, the first being head 0-0 at 'c0'; filter it"):
+        lives(pl.concat([_table([0.0, 0.3]), _table([0.1, 0.3])]))

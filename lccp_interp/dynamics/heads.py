@@ -103,7 +103,7 @@ class HeadSample:
                 low = high = np.array([np.nan])
             else:
                 draws = _mean_over_heads(resampled_means(per_case, self.resamples))
-                low, high = percentile_interval(draws[:, None], self.resamples.confidence)
+                low, high = percentile_interval(draws[:, None], self.resamples.level)
             lows.append(low[0])
             highs.append(high[0])
         return self.values.checkpoints.select("checkpoint").with_columns(
@@ -147,8 +147,8 @@ def score_table(
 
     The score of a head is the mean over cases of its per-case value (arXiv 2604.02650, Eq. 1 for `retrieval`, averaged
     over samples). Intervals are percentiles over resampled clusters, a cluster being a pair of needle and haystack;
-    below three clusters cases are resampled and the column `ci_over` says `cases`. Few clusters make percentile
-    intervals too narrow. All heads and checkpoints share the resamples.
+    below three clusters cases are resampled and the column `ci_over` says `cases`. With fewer than eight clusters they
+    are still somewhat too narrow (docs/calibration.md). All heads and checkpoints share the resamples.
 
     Args:
         run: an opened run.
