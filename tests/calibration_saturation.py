@@ -95,7 +95,8 @@ def simulate_coverage(n_curves: int = 800, *, seed: int = 0, share: float = SHAR
         # Where the interval is open at the last checkpoint it says no more than "later than that".
         truth = drawn.saturation * TOKENS_LAST
         is_open = row["ci_high"] is None
-        covered = row["ci_low"] <= truth and (is_open or truth <= row["ci_high"])
+        low = row["ci_low"] or 0  # None where no gain was found: nothing is claimed
+        covered = low <= truth and (is_open or truth <= row["ci_high"])
         hit = (
             covered,
             not is_open,

@@ -281,7 +281,7 @@ def test_still_improving_when_the_plateau_lies_far_beyond():
     assert row["tokens_at_share"] is None
     assert row["ci_low"] == row["tokens_last"] == 100
     assert row["reason"].startswith(
-        "95 % of the fitted gain (exponential) is not made by the last checkpoint (100 tokens); the last 5 checkpoints still"
+        "95 % of the fitted gain (exponential) is not made by the last checkpoint (100 tokens); the last 5 checkpoints "
     )
 
 
@@ -306,6 +306,8 @@ def test_cannot_tell_without_a_gain():
     worse = judge(curve(5 + np.sqrt(TOKENS)))
     assert worse["verdict"] == UNKNOWN
     assert worse["reason"].startswith("it gets worse, from 5 to 16.3 (Mann-Kendall p = ")
+    for row in (noisy, worse):
+        assert [row[name] for name in ("tokens_at_share", "ci_low", "ci_high")] == [None] * 3
 
 
 def test_a_gain_that_only_the_order_shows_is_a_gain():
@@ -618,6 +620,9 @@ def test_command(run, monkeypatch, capsys):
     assert code == 0
     assert "loss_nats at 1,024 tokens: " in out
     assert "aturation is " in out.splitlines()[-1]
+    code, _, err = lccp("--share", "0.95")
+    assert code == 2
+    assert "--share is in percent, got 0.95; write 95 for that part of the gain" in err
     code, _, err = lccp("--metric", "loss")
     assert code == 2
     assert "unknown metric 'loss'" in err

@@ -275,6 +275,8 @@ def saturation(
     from lccp_interp.dynamics import saturation as dynamics
     from lccp_interp.store import Run
 
+    if share < 1:
+        raise LccpError(f"--share is in percent, got {share:g}; write {100 * share:g} for that part of the gain")
     opened = Run.open(run)
     metrics = None if metric is None else items(metric, "--metric")
     records = dynamics.saturation_records(opened, metrics=metrics, length=length, share=share / 100)

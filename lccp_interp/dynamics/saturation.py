@@ -215,7 +215,6 @@ def judge(curve: MetricCurve, *, share: float = 0.95, confidence: float = 0.95, 
     if np.ptp(values) == 0:
         row["reason"] = f"it is {_number(values[0])} at all {n} checkpoints: there is no gain to saturate{note}"
         return row
-    p_worse = trend_p_value(values, higher_is_better=not curve.higher_is_better)
     found = find_saturation(
         tokens,
         values,
@@ -229,12 +228,17 @@ def judge(curve: MetricCurve, *, share: float = 0.95, confidence: float = 0.95, 
     # A curve test that tries all shapes and a trend test that knows none; the smaller counts twice (Bonferroni).
     p_trend = trend_p_value(values, higher_is_better=curve.higher_is_better)
     row["p_no_gain"] = min(1.0, 2 * min(found.p_no_gain, p_trend))
+    gone = f"from {_number(values[0])} to {_number(values[-1])}"
+    if row["p_no_gain"] > ALPHA or found.best.gain == 0:
+        # Without a gain there is no point at which it is made.
+        row |= dict.fromkeys(("tokens_at_share", "ci_low", "ci_high"))
+        p_worse = trend_p_value(values, higher_is_better=not curve.higher_is_better)
+        row["reason"] = f"no gain beyond noise ({gone}, p = {row['p_no_gain']:.2g}){note}"
+        if p_worse < ALPHA:
+            row["reason"] = f"it gets worse, {gone} (Mann-Kendall p = {p_worse:.2g}): no gain to saturate{note}"
+        return row
     late_slope = median_slope(np.log(tokens[late]), values[late]) * (1 if curve.higher_is_better else -1)
     late_gain = late_slope * math.log(tokens[-1] / tokens[late][0])
-    if p_worse < ALPHA:
-        gone = f"from {_number(values[0])} to {_number(values[-1])}"
-        row["reason"] = f"it gets worse, {gone} (Mann-Kendall p = {p_worse:.2g}): no gain to saturate{note}"
-        return row
     row["verdict"], reason = _verdict(row, found, float(tokens[late][0]), late_gain)
     row["reason"] = reason + note
     return row
@@ -277,9 +281,6 @@ def _verdict(row: dict[str, Any], found: Saturation, late_start: float, late_gai
     `late_gain` is what the checkpoints from `late_start` on gained, in units of the metric.
     """
     last, share = tokens_text(row["tokens_last"]), _percent(row["share"])
-    if row["p_no_gain"] > ALPHA or found.best.gain == 0:
-        gone = f"from {_number(row['from'])} to {_number(row['to'])}"
-        return UNKNOWN, f"no gain beyond noise ({gone}, p = {row['p_no_gain']:.2g})"
     improves = row["slope_p"] < ALPHA
     what = "still improve" if improves else "show no improvement"
     trend = f"the last {row['slope_n']} checkpoints {what} (Mann-Kendall p = {row['slope_p']:.2g})"
@@ -295,12 +296,12 @@ def _verdict(row: dict[str, Any], found: Saturation, late_start: float, late_gai
         return SATURATED, text
     at_share = found.best.tokens_at_share
     is_beyond = at_share >= row["tokens_last"]
-    if found.ci_low >= row["tokens_last"]:
-        text = f"{share} of the fitted gain ({found.best.model}) is not made by the last checkpoint ({last} tokens)"
-    elif found.best.model == LOG_LINEAR:
+    if found.best.model == LOG_LINEAR:
         text = f"A log N + B with A = {_number(found.best.parameters['A'])}, which has no plateau, fits best"
         if math.isfinite(found.margin):
             text += f" (AICc lower by {found.margin:.1f})"
+    elif found.ci_low >= row["tokens_last"]:
+        text = f"{share} of the fitted gain ({found.best.model}) is not made by the last checkpoint ({last} tokens)"
     else:
         text = f"the interval of the {share} point runs from {low} beyond the last checkpoint ({last} tokens)"
         text += f", best guess {'beyond it' if is_beyond else tokens_text(at_share)}"
