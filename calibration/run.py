@@ -19,7 +19,7 @@ from lccp_interp.store import provenance
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 PAGE = HERE.parent / "docs" / "calibration.md"
-PARTS = ("births", "intervals", "random_models")
+PARTS = ("births", "intervals", "saturation", "correlation", "random_models")
 """Names of modules in this package, in the order of the page."""
 
 PACKAGES = ("numpy", "polars")

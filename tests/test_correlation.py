@@ -10,11 +10,11 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from calibration_correlation import false_alarms
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from synthetic import write_run
 from test_cli import lccp
 
+from calibration.correlation import false_alarms
 from lccp_interp.dynamics import (
     Draws,
     census,

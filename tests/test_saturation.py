@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from calibration_saturation import draw, simulate_coverage
 from scipy.optimize import least_squares
 from synthetic import checkpoints, write_run
 
+from calibration.saturation import draw, simulate_coverage
 from lccp_interp import cli
 from lccp_interp.dynamics import (
     RunTables,

@@ -24,6 +24,7 @@ from lccp_interp.figures.style import (
     stage_name,
 )
 from lccp_interp.report.findings import NEAR_FINAL, Finding, cautions, findings, near_final
+from lccp_interp.report.levels import correlation_section, saturation_section
 from lccp_interp.report.page import escape, figure_block, page, prose, table
 from lccp_interp.store import Run, replacing
 
@@ -63,8 +64,12 @@ def write_report(run: Run, out: str | Path | None = None, *, length: int | None 
     path = run.path / "report.html" if out is None else Path(out)
     tables = RunTables(run, length)
     body = "\n".join(
-        section(tables) for section in (_head, _findings, _figures, _lives, _checkpoints, _stability, _provenance)
-    )
+        section(tables)
+        for section in (
+            _head, _findings, _figures, _lives, _checkpoints, saturation_section, correlation_section, _stability,
+            _provenance,
+        )
+    )  # fmt: skip
     text = page(f"Retrieval heads over training: {run.path.resolve().name}", body)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -81,8 +86,11 @@ def _head(tables: RunTables) -> str:
         f"needle-in-a-haystack cases per checkpoint, lengths {lengths} tokens · heads are read with the metric "
         f"{tables.metric} at {format_length(tables.head_length)} tokens"
     )
-    links = ("findings", "figures", "lives", "checkpoints", "stability", "provenance")
-    names = ("Findings", "Figures", "Births and deaths", "Checkpoints", "Stability", "Provenance")
+    links = ("findings", "figures", "lives", "checkpoints", "saturation", "correlation", "stability", "provenance")
+    names = (
+        *("Findings", "Figures", "Births and deaths", "Checkpoints", "Saturation", "What goes together", "Stability"),
+        "Provenance",
+    )
     nav = "".join(f'<a href="#{link}">{name}</a>' for link, name in zip(links, names, strict=True))
     return (
         f"<h1>Retrieval heads over training: {escape(tables.run.path.resolve().name)}</h1>"

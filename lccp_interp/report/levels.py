@@ -1,0 +1,106 @@
+"""The report's sections on levels: when each metric is saturated, and which go together.
+
+They arrange the tables of `dynamics.saturation` and `dynamics.correlation`; nothing is computed here. Where a table
+cannot be made (a single checkpoint, say), the reason stands in its place. Cost: that of the two tables, seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import polars as pl
+
+from lccp_interp.dynamics.correlation import correlate
+from lccp_interp.dynamics.published import published_correlations
+from lccp_interp.dynamics.saturation import saturation_records, title
+from lccp_interp.dynamics.series import IMPORT_HINT, run_series
+from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.figures.style import format_length, format_number, format_tokens
+from lccp_interp.report.page import escape, table
+from lccp_interp.schema import LccpError
+
+SHARE = 0.95
+
+
+def saturation_section(tables: RunTables) -> str:
+    """One row per metric: the fitted curve, the tokens at 95 % of its gain, the verdict and its reason."""
+    heading = '<h2 id="saturation">Saturation</h2>'
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # few checkpoints: the verdict says so
+            records = saturation_records(tables.run, length=tables.head_length, share=SHARE, mode=tables.read_mode)
+    except LccpError as error:
+        return f'{heading}<p class="note">{escape(error)}</p>'
+    rows = [
+        (
+            title(record),
+            record["n"],
+            _number(record["from"]),
+            _number(record["to"]),
+            record["model"] or "-",
+            _tokens(record["tokens_at_share"]),
+            f"{_tokens(record['ci_low'])} to {_tokens(record['ci_high'])}",
+            _number(record["slope_p"]),
+            record["verdict"],
+            record["reason"],
+        )
+        for record in records
+    ]
+    columns = ("metric", "checkpoints", "from", "to", "curve", f"tokens at {100 * SHARE:g} %", "95 % interval")
+    return (
+        f'{heading}<p class="note">Over the tokens since the base checkpoint. Log-linear, exponential and power-law '
+        "curves are fitted, AICc chooses; beside the point stands a Mann-Kendall test of the last half of the "
+        "checkpoints. An open end means later than the data.</p>"
+        + table((*columns, "trend p", "verdict", "reason"), rows, text_columns=(0, 4, 6, 8, 9))
+    )
+
+
+def correlation_section(tables: RunTables) -> str:
+    """Cheap metrics against probe results, or against each other; the published numbers below."""
+    heading = '<h2 id="correlation">What goes together</h2>'
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # identical weights are told by the command
+            cheap, found = run_series(tables.run, length=tables.head_length)
+            made = correlate(cheap, None if found.is_empty() else found)
+    except LccpError as error:
+        return f'{heading}<p class="note">{escape(error)}</p>'
+    rows = [
+        (
+            row["cheap"],
+            row["probe"],
+            row["transform"],
+            row["n"],
+            _number(row["r"]),
+            f"{_number(row['ci_low'])} to {_number(row['ci_high'])}",
+            _number(row["p"]),
+            _number(row["q"]),
+        )
+        for row in made.with_columns(pl.col(pl.Float64).fill_nan(None)).iter_rows(named=True)
+    ]
+    missing = f" The run holds no probe results, so the cheap metrics stand against each other; {IMPORT_HINT}."
+    columns = ("metric", "against", "transform", "n", "Pearson r", "95 % interval", "p", "q")
+    return (
+        f'{heading}<p class="note">At {format_length(tables.head_length)} tokens. Two curves that rise always '
+        "correlate in their levels; differences and residuals of the trend in log tokens ask for more. p by "
+        f"permutation, q after Benjamini-Hochberg over the table.{escape(missing) if found.is_empty() else ''}</p>"
+        + table(columns, rows, text_columns=(0, 1, 2, 5), appended=_published())
+    )
+
+
+def _published() -> tuple[str, list[tuple[Any, ...]]]:
+    rows = [
+        (row["paper_name"], row["benchmark"], "levels", row["n"], row["published_r"], "", row["published_p"], "")
+        for row in published_correlations().iter_rows(named=True)
+    ]
+    return "Published, for orientation: Hunyuan-A13B, arXiv 2604.02650, Tables 3, 4, 6 and 7", rows
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else format_number(value)
+
+
+def _tokens(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else format_tokens(round(value))
