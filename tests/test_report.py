@@ -242,3 +242,16 @@ def test_report_in_a_browser(run: Run, text: str, width_px: int) -> None:
     assert problems == []
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert wide <= width_px
+
+
+def test_saturation_and_correlation_have_sections_with_reasons(run: Run, tmp_path: Path) -> None:
+    text = write_report(run, tmp_path / "page.html", length=256).read_text()
+    for link in ("saturation", "correlation"):
+        assert f'href="#{link}"' in text
+        assert f'id="{link}"' in text
+    saturation, correlation = text.split('id="saturation"')[1].split('id="correlation"')
+    assert "answer_ppl at 256 tokens" in saturation
+    assert any(f"<li>niah_score at 256 tokens: {verdict}" in saturation for verdict in ("sat", "still", "cannot"))
+    assert "The run holds no probe results" in correlation
+    assert "mean_initial_score" in correlation
+    assert "0.8552" in correlation  # Table 3: NIAH score against RULER

@@ -288,6 +288,8 @@ class _Reader:
         names = sample.values.checkpoints["checkpoint"]
         kept = self.checkpoints.filter(pl.col("checkpoint").is_in(names.implode()))
         rows = [names.to_list().index(name) for name in kept["checkpoint"]]
+        if not rows:
+            return []  # nothing at or after the base is scored at this length
         per_case = [sample.values.values[row] for row in rows]
         # `[checkpoint, head]` and `[checkpoint, resample, head]`
         scores = np.stack([mean_defined(values)[0] for values in per_case])

@@ -41,19 +41,23 @@ def saturation_section(tables: RunTables) -> str:
             _number(record["to"]),
             record["model"] or "-",
             _tokens(record["tokens_at_share"]),
-            f"{_tokens(record['ci_low'])} to {_tokens(record['ci_high'])}",
+            _interval(record["ci_low"], record["ci_high"]),
             _number(record["slope_p"]),
             record["verdict"],
-            record["reason"],
         )
         for record in records
     ]
+    reasons = "".join(
+        f"<li>{escape(title(record))}: {escape(record['verdict'])}; {escape(record['reason'])}</li>"
+        for record in records
+    )
     columns = ("metric", "checkpoints", "from", "to", "curve", f"tokens at {100 * SHARE:g} %", "95 % interval")
     return (
         f'{heading}<p class="note">Over the tokens since the base checkpoint. Log-linear, exponential and power-law '
         "curves are fitted, AICc chooses; beside the point stands a Mann-Kendall test of the last half of the "
-        "checkpoints. An open end means later than the data.</p>"
-        + table((*columns, "trend p", "verdict", "reason"), rows, text_columns=(0, 4, 6, 8, 9))
+        "checkpoints, n of them.</p>"
+        + table((*columns, "trend p", "verdict"), rows, text_columns=(0, 4, 6, 8))
+        + f'<ul class="note">{reasons}</ul>'
     )
 
 
@@ -100,6 +104,13 @@ def _published() -> tuple[str, list[tuple[Any, ...]]]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else format_number(value)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    """An end beyond the data is open."""
+    if _tokens(low) == "-":
+        return "-"
+    return f"{_tokens(low)} or later" if _tokens(high) == "-" else f"{_tokens(low)} to {_tokens(high)}"
 
 
 def _tokens(value: float | None) -> str:
