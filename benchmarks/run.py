@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import capture, demo, gpu, grid, machine, peers
+from benchmarks import analysis, capture, demo, gpu, grid, machine, peers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
-PARTS: dict[str, Any] = {"capture": capture, "peers": peers, "grid": grid, "demo": demo}
+PARTS: dict[str, Any] = {"capture": capture, "peers": peers, "grid": grid, "demo": demo, "analysis": analysis}
 
 HEAD = """# Benchmarks
 
