@@ -16,7 +16,7 @@ PAIRS = (7, 25)
 BUDGET_S = 30.0
 LONG = 32768
 """From here on a pass takes minutes: fewer pairs, and one process per peak."""
-LONG_PAIRS = 3
+LONG_PAIRS = 5
 PROCESSES = 2
 
 

@@ -287,8 +287,8 @@ def _score_against_ppl(tables: RunTables) -> Finding:
         )
         if near.final_score >= HIGH_SCORE:
             text += (
-                "The score looks finished while the model is still getting surer: the paper calls this deceptive "
-                "saturation. Here it is a description, not a test."
+                "The score looks finished while the model is still getting surer, as in the paper's deceptive "
+                "saturation. This is a description, not a test; the test is under Saturation."
             )
         else:
             text += f"A final score of {near.final_score:.0f} % is no ceiling, so this says nothing about saturation."
