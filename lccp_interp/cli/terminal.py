@@ -48,6 +48,9 @@ LengthOption = Annotated[
     int | None, typer.Option(help="Context length in tokens at which heads are compared; default: the run's longest.")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="table for people, json or csv for scripts.")]
+LengthsOption = Annotated[str, typer.Option(help="Total lengths in tokens.")]
+DepthsOption = Annotated[str, typer.Option(help="Places of the needle, percent of the context.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Haystacks per needle.")]
 NeedlesOption = Annotated[
     Path | None,
     typer.Option(
