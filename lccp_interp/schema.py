@@ -164,6 +164,43 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Item:
+    """One question that a model answers in its own words, and how the answer is graded.
+
+    `prompt_ids` ends where the answer begins; with `max_new_tokens`, the room left for the answer, it is at most
+    `length` tokens where the prompt was written for that length (official data keeps the length it came with).
+    `target` is a right answer as the text that follows the prompt, with its leading blank: what fine-tuning trains
+    towards. `evidence` says where in `prompt_ids` the facts stand that the answer needs, as far as they are known by
+    construction. `grader` is a name out of `lccp_interp.scoring.graders.GRADERS`.
+    """
+
+    item_id: str
+    benchmark: str
+    subset: str
+    length: int
+    prompt_ids: tuple[int, ...]
+    references: tuple[str, ...]
+    target: str
+    grader: str
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    evidence: tuple[Span, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids or not self.references or self.max_new_tokens < 1:
+            raise LccpError(
+                f"item {self.item_id}: an item needs a prompt, a reference and room for an answer, got "
+                f"{len(self.prompt_ids)} tokens, {len(self.references)} references, {self.max_new_tokens} new tokens"
+            )
+        for span in self.evidence:
+            if span.end > len(self.prompt_ids):
+                raise SpanError(
+                    f"item {self.item_id}: evidence {span} lies outside a prompt of {len(self.prompt_ids)} tokens"
+                )
+
+
+@dataclass(frozen=True, slots=True)
 class CaseResult:
     """What one model did on one case.
 
