@@ -137,7 +137,8 @@ class Case:
 
     `prompt_ids` holds every token up to and including the answer cue, `answer_ids` what should follow; together they
     are `length` tokens. `needle` and `source` are positions in `prompt_ids`; *source* is the part of the needle that
-    the answer copies.
+    the answer copies. `distance` (tokens between needle and question) and `interference` (tokens of context before the
+    needle) are what a grid of them asks for; None in other tasks.
     """
 
     case_id: str
@@ -152,6 +153,8 @@ class Case:
     answer_ids: tuple[int, ...]
     needle: Span
     source: Span
+    distance: int | None = None
+    interference: int | None = None
 
     def __post_init__(self) -> None:
         if not self.answer_ids:

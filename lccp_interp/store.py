@@ -8,7 +8,7 @@ columns that are asked for.
 
 Layout of a run folder:
     run.json          schema version, resolved config and its hash, versions, git commit, seeds, checkpoints
-    cases.parquet     one row per case: the prompt's tokens, the answer's tokens, the exact spans
+    cases.parquet     one row per case: the prompt's tokens, the answer's tokens, the exact spans, columns of the task
     scores/           checkpoint, tokens_seen, case_id, mode, metric, layer, head, value
     outcomes/         checkpoint, tokens_seen, case_id, mode, answer_loss_nats, answer_ppl, greedy_exact, ...
     probes/           checkpoint, tokens_seen, benchmark, subset, length, metric, score, n, stderr
@@ -34,6 +34,7 @@ from typing import Any
 
 import polars as pl
 
+from lccp_interp.parts import check_entries, check_parts, checkpoint_frame, collect, columns_of, is_whole
 from lccp_interp.schema import SCHEMA_VERSION, Case, CaseResult, Checkpoint, LccpError, Span
 
 CASES_SCHEMA: dict[str, Any] = {
@@ -51,7 +52,12 @@ CASES_SCHEMA: dict[str, Any] = {
     "needle_end": pl.Int64,
     "source_start": pl.Int64,
     "source_end": pl.Int64,
+    "distance": pl.Int64,
+    "interference": pl.Int64,
 }
+TASK_COLUMNS = ("distance", "interference")
+"""Columns of cases that belong to one task: null in the others, and not there in runs made before that task was."""
+
 SCORES_SCHEMA: dict[str, Any] = {
     "checkpoint": pl.String,
     "tokens_seen": pl.Int64,
@@ -75,6 +81,11 @@ OUTCOMES_SCHEMA: dict[str, Any] = {
     "generated": pl.String,
 }
 TABLES: dict[str, dict[str, Any]] = {"scores": SCORES_SCHEMA, "outcomes": OUTCOMES_SCHEMA}
+OPTIONAL_COLUMNS = ("token_accuracy", "rouge1_recall", "generated")
+"""Columns that another writer's parts may lack: nothing over checkpoints is read from them."""
+
+REDO_PART = "run the scoring command again after deleting it, it redoes this part"
+RESTORE = "restore it, or score into a new folder"
 PROBES_SCHEMA: dict[str, Any] = {
     "checkpoint": pl.String,
     "tokens_seen": pl.Int64,
@@ -205,6 +216,7 @@ def cases_frame(cases: Sequence[Case]) -> pl.DataFrame:
             "needle_end": case.needle.end,
             "source_start": case.source.start,
             "source_end": case.source.end,
+            **{name: getattr(case, name) for name in TASK_COLUMNS},
         }
         for case in cases
     ]
@@ -227,6 +239,7 @@ def cases_from_frame(frame: pl.DataFrame) -> list[Case]:
             answer_ids=tuple(row["answer_ids"]),
             needle=Span(row["needle_start"], row["needle_end"]),
             source=Span(row["source_start"], row["source_end"]),
+            **{name: row.get(name) for name in TASK_COLUMNS},
         )
         for row in frame.iter_rows(named=True)
     ]
@@ -313,15 +326,16 @@ class Run:
             )
         try:
             manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
+                raise TypeError("it is no object")
             version = int(manifest["schema_version"])
             if version <= SCHEMA_VERSION and not (
                 isinstance(manifest["config"], dict) and isinstance(manifest["checkpoints"], list)
             ):
                 raise TypeError("config must be an object and checkpoints a list")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LccpError(
-                f"{manifest_path} cannot be read ({error!r}); restore it or score into a new folder"
-            ) from error
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise LccpError(f"{manifest_path} cannot be read ({why}); {RESTORE}") from error
         if version > SCHEMA_VERSION:
             raise LccpError(
                 f"{manifest_path} has schema version {version}, this lccp_interp reads up to {SCHEMA_VERSION}; "
@@ -336,7 +350,11 @@ class Run:
 
     @property
     def checkpoints(self) -> pl.DataFrame:
-        """Columns name, path, tokens_seen, stage, stage_tokens, hash; sorted by tokens_seen."""
+        """Columns name, path, tokens_seen, stage, stage_tokens, hash; sorted by tokens_seen.
+
+        Raises:
+            LccpError: an entry of run.json without a name or tokens, or two with the same.
+        """
         schema = {
             "name": pl.String,
             "path": pl.String,
@@ -345,12 +363,20 @@ class Run:
             "stage_tokens": pl.Int64,
             "hash": pl.String,
         }
-        return pl.DataFrame(self.manifest["checkpoints"], schema=schema).sort("tokens_seen", "name")
+        entries, where = self.manifest["checkpoints"], self.path / "run.json"
+        check_entries(entries, where, RESTORE)
+        return checkpoint_frame(entries, schema, where)
 
     @property
     def cases(self) -> pl.DataFrame:
-        """All cases, columns as in `CASES_SCHEMA`."""
-        return _read(self.path / "cases.parquet")
+        """All cases, columns as in `CASES_SCHEMA`; those of other tasks (`TASK_COLUMNS`) are null."""
+        path = self.path / "cases.parquet"
+        if not path.is_file():
+            raise LccpError(f"run {self.path} has no cases.parquet; score into a new folder")
+        columns_of(path, [name for name in CASES_SCHEMA if name not in TASK_COLUMNS], RESTORE)
+        frame = collect(pl.scan_parquet(path), [path], RESTORE)
+        older = [pl.lit(None, CASES_SCHEMA[name]).alias(name) for name in TASK_COLUMNS if name not in frame.columns]
+        return frame.with_columns(older)
 
     @property
     def scores(self) -> pl.LazyFrame:
@@ -366,9 +392,7 @@ class Run:
     def probes(self) -> pl.LazyFrame:
         """Benchmark results per checkpoint, columns as in `PROBES_SCHEMA`; no rows where none were added."""
         parts = sorted((self.path / "probes").glob("*.parquet"))
-        for part in parts:
-            if not is_whole(part):
-                raise LccpError(f"{part} is not a whole Parquet file; delete it and add its results again")
+        check_parts(parts, PROBES_SCHEMA, "delete it and add its results again")
         return pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=PROBES_SCHEMA)
 
     def _scan(self, table: str) -> pl.LazyFrame:
@@ -378,24 +402,16 @@ class Run:
                 f"run {self.path} holds no finished {table} yet; finish it with the command that began it "
                 f"(`lccp score ... --out {self.path}`)"
             )
-        for part in parts:
-            _check_magic(part)
+        check_parts(parts, [name for name in TABLES[table] if name not in OPTIONAL_COLUMNS], REDO_PART)
         return pl.scan_parquet(parts)
 
+    def collect(self, query: pl.LazyFrame) -> pl.DataFrame:
+        """The rows of a query of `scores` or `outcomes`.
 
-def is_whole(part: Path) -> bool:
-    """Whether a Parquet file begins and ends as one; what does not was torn by something other than this module."""
-    if not part.is_file() or part.stat().st_size < 8:
-        return False
-    with open(part, "rb") as handle:
-        head = handle.read(4)
-        handle.seek(-4, os.SEEK_END)
-        return head == handle.read(4) == b"PAR1"
-
-
-def _check_magic(part: Path) -> None:
-    if not is_whole(part):
-        raise LccpError(f"{part} is not a whole Parquet file; run the scoring command again, it redoes this part")
+        Raises:
+            LccpError: a part is damaged inside; it is named.
+        """
+        return collect(query, sorted(part for table in TABLES for part in (self.path / table).glob("*")), REDO_PART)
 
 
 def append_probes(run_path: str | Path, name: str, frame: pl.DataFrame) -> Path:
@@ -455,13 +471,6 @@ def _check_probes(run: Run, name: str, frame: pl.DataFrame) -> None:
     if twice.height:
         what = ", ".join(f"{column} {value}" for column, value in twice.row(0, named=True).items() if value is not None)
         raise LccpError(f"probes {name!r}: {what} is {where} ({twice.height} such rows); keep one score for each")
-
-
-def _read(path: Path) -> pl.DataFrame:
-    if not path.is_file():
-        raise LccpError(f"run {path.parent} has no {path.name}; score into a new folder")
-    _check_magic(path)
-    return pl.read_parquet(path)
 
 
 class RunWriter:

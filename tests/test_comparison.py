@@ -244,7 +244,7 @@ def test_checkpoints_of_the_same_weights_are_named(tmp_path):
     twins = write_run(tmp_path / "twins", lengths=[256], n_needles=1, only=[3, 14, 15])
     for entry in twins.manifest["checkpoints"][-2:]:
         entry["hash"] = "same"
-    with pytest.warns(UserWarning, match=r"lccp-1\.1M, lccp-1\.2M of .* have the same weights \(hash\)"):
+    with pytest.warns(UserWarning, match=r"lccp-1\.1M, lccp-1\.2M of .* hold identical weights"):
         compare(twins)
 
 

@@ -507,7 +507,7 @@ def test_identical_weights_are_named(tmp_path):
     manifest["checkpoints"][5]["hash"] = manifest["checkpoints"][4]["hash"]
     (run.path / "run.json").write_text(json.dumps(manifest))
     with pytest.warns(
-        UserWarning, match=r"checkpoints lccp-0.1M, lccp-0.2M of .* have identical weights: they count as 2"
+        UserWarning, match=r"checkpoints lccp-0.1M, lccp-0.2M of .* hold identical weights: they count as 2"
     ):
         run_series(Run.open(run.path))
 

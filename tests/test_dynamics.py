@@ -330,6 +330,7 @@ def test_head_records_hold_the_contract(run: Run) -> None:
     records = head_records(run, n_boot=20)
     assert list(records[0]) == [
         *("checkpoint", "tokens_seen", "metric", "layer", "head", "score", "ci_low", "ci_high", "n"),
+        "retrieves",
     ]
     assert len(records) == 16 * N_LAYERS * N_HEADS
     scores = [record["score"] for record in records]

@@ -69,8 +69,11 @@ def test_both_kinds_have_every_registered_figure() -> None:
         "niah_trajectory": 3,
         "head_heatmaps": 4,
         "retrieval_heads": 5,
+        "saturation_curves": 6,
         "depth_curves": 7,
         "head_lives": None,
+        "cohort_survival": None,
+        "reference_comparison": None,
     }
 
 
@@ -78,7 +81,8 @@ def test_draw_figures_writes_what_it_says(tables: RunTables, tmp_path: Path) -> 
     written = draw_figures(tables, tmp_path / "new" / "folder", formats=("png",))
     assert [path.name for path in written] == [
         *("fig2_ppl_heatmaps.png", "fig3_niah_trajectory.png", "fig4_head_heatmaps.png", "fig5_retrieval_heads.png"),
-        *("fig7_depth_curves.png", "head_lives.png", "captions.txt"),
+        *("fig6_saturation_curves.png", "fig7_depth_curves.png", "head_lives.png", "cohort_survival.png"),
+        *("reference_comparison.png", "captions.txt"),
     ]
     assert all(path.stat().st_size > 500 for path in written)
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {path.name for path in written}

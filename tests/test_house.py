@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lccp_interp"
 FLOW = (
-    "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "store", "imports", "sweep", "behaviour",
-    "dynamics", "figures", "report", "cli",
+    "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "parts", "store", "imports", "sweep",
+    "behaviour", "dynamics", "figures", "report", "cli",
 )  # fmt: skip
 MAX_LINES = 600
 

@@ -161,12 +161,12 @@ def test_findings_come_before_figures_and_tables(text: str) -> None:
 def test_report_holds_all_figures_with_data_and_captions(text: str) -> None:
     page = _Page(text)
     figures = [attributes for tag, attributes in page.elements if attributes.get("class") == "figure-data"]
-    assert len(figures) == 6
+    assert len(figures) == 9
     places = {attributes.get("id") for _, attributes in page.elements}
     assert {figure["data-place"] for figure in figures} <= places
-    loaded = [json.loads(script) for script in page.scripts[:6]]
+    loaded = [json.loads(script) for script in page.scripts[:9]]
     assert all(figure["data"] and figure["layout"]["height"] for figure in loaded)
-    assert text.count("<figcaption>") == 6
+    assert text.count("<figcaption>") == 9
 
 
 def test_published_numbers_are_labelled(text: str) -> None:
@@ -186,10 +186,10 @@ def test_names_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
     run = write_run(tmp_path / EVIL.replace("/", "|"), lengths=(256,), n_needles=3, names=names)
     text = write_report(run).read_text(encoding="utf-8")
     page = _Page(text)
-    assert len([tag for tag, _ in page.elements if tag == "script"]) == 8
+    assert len([tag for tag, _ in page.elements if tag == "script"]) == 11
     assert "<script>alert" not in text
     assert EVIL in " ".join(page.words)
-    for script in page.scripts[:6]:
+    for script in page.scripts[:9]:
         assert not re.search(r"[<>]", script)
         json.loads(script)
 
@@ -236,7 +236,7 @@ def test_report_in_a_browser(run: Run, text: str, width_px: int) -> None:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto((run.path / "report.html").as_uri())
-        page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 6")
+        page.wait_for_function("document.querySelectorAll('.plot .main-svg').length >= 9")
         wide = page.evaluate("document.documentElement.scrollWidth")
         browser.close()
     assert problems == []

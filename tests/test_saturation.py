@@ -512,7 +512,7 @@ def edited(run: Run, tmp_path: Path, edit) -> Run:
 
 def test_equal_token_counts_are_refused_and_named(run, tmp_path):
     bad = edited(run, tmp_path, lambda manifest: manifest["checkpoints"][6].update(tokens_seen=3_800_000))
-    with pytest.raises(LccpError, match=r"checkpoints lccp-0.2M, lccp-0.3M of .* all have 3800000 tokens seen"):
+    with pytest.raises(LccpError, match=r"checkpoints 'lccp-0.2M' and 'lccp-0.3M' have the same tokens_seen, 3800000"):
         saturation_table(bad)
 
 

@@ -7,20 +7,31 @@ Each parses its options, calls one function of the package and prints what came 
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lccp_interp.cli.terminal import Format, FormatOption, LengthOption, RunArgument, app, guarded, items, print_records
-from lccp_interp.schema import LccpError
+from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
 
 if TYPE_CHECKING:
     import polars as pl
 
     from lccp_interp.store import Run
+
+ModeOption = Annotated[
+    str | None,
+    typer.Option(help="teacher_forced or generate; default: teacher_forced where the run holds it, else the other."),
+]
+ThresholdOption = Annotated[float, typer.Option(help="Score above which a head is a retrieval head.")]
+RuleOption = Annotated[
+    str,
+    typer.Option(help="above-null: a retrieval head is also above its null, where decoys were measured; or threshold."),
+]
 
 
 @app.command()
@@ -33,13 +44,40 @@ def heads(
     top: Annotated[
         int | None, typer.Option(min=0, help="Only the best N; 0 for all. Default: 20 in a table, all in json and csv.")
     ] = None,
+    threshold: ThresholdOption = RETRIEVAL_THRESHOLD,
+    rule: RuleOption = "above-null",
+    retrieval_only: Annotated[
+        bool, typer.Option("--retrieval-only", help="Only retrieval heads (column retrieves).")
+    ] = False,
+    mode: ModeOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
-    """List heads by score, best first, with bootstrap intervals."""
+    """List heads by score, best first, with bootstrap intervals, and whether each is a retrieval head."""
     from lccp_interp.dynamics.heads import head_records
     from lccp_interp.store import Run
 
-    records = head_records(Run.open(run), metric=metric, length=length, checkpoint=checkpoint)
+    records = head_records(
+        Run.open(run),
+        metric=metric,
+        length=length,
+        mode=mode,
+        checkpoint=checkpoint,
+        threshold=threshold,
+        rule=rule.replace("-", " "),
+    )
+    undefined = sum(record["score"] is None for record in records)
+    if undefined == len(records):
+        raise LccpError(
+            f"{run}: all {undefined} scores of {metric} are undefined (NaN, or no case counts); look at the outcomes, "
+            "or try another --metric, --length or --mode"
+        )
+    if undefined:
+        where = "left out" if retrieval_only else "listed last"
+        print(f"{undefined} of {len(records)} scores are undefined (NaN, or no case counts): {where}", file=sys.stderr)
+    if retrieval_only:
+        records = [record for record in records if record["retrieves"]]
+        if not records:
+            raise LccpError(f"{run}: no head is a retrieval head ({metric} above {threshold:g}); lower --threshold")
     if top is None:
         top = 20 if output_format is Format.table else 0
     shown = records[:top] if top else records
@@ -65,7 +103,8 @@ def compare(
     ] = None,
     length: LengthOption = None,
     metric: Annotated[str, typer.Option(help="Head metric.")] = "retrieval",
-    threshold: Annotated[float, typer.Option(help="Score above which a head is a retrieval head.")] = 0.1,
+    threshold: ThresholdOption = RETRIEVAL_THRESHOLD,
+    rule: RuleOption = "above-null",
     reference_threshold: Annotated[
         float | None, typer.Option(help="The same for the reference, where its scale is another.")
     ] = None,
@@ -76,6 +115,7 @@ def compare(
         int | None,
         typer.Option(min=1, help="Key/value heads per layer; default: as in a checkpoint's config.json."),
     ] = None,
+    mode: ModeOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Compare the heads of every checkpoint with a reference: overlap of the top heads, Jaccard, RBO, Spearman."""
@@ -88,12 +128,19 @@ def compare(
         reference,
         metric=metric,
         length=length,
+        mode=mode,
         top_k=top,
         threshold=threshold,
+        rule=rule.replace("-", " "),
         reference_threshold=reference_threshold,
         by_kv=by_kv_head,
         n_kv_heads=n_kv_heads,
     )
+    if not comparison["n_heads"].sum():
+        raise LccpError(
+            f"{run}: nothing to compare: at no checkpoint is a head of {metric} defined both there and in the "
+            "reference; look at `lccp heads`, or choose another --reference"
+        )
     if output_format is Format.table:
         print(f"{metric} at {comparison['length'][0]} tokens; n_heads heads, n cases", file=sys.stderr)
         comparison = comparison.drop("stage", "metric", "length")
@@ -103,39 +150,89 @@ def compare(
 @app.command("import")
 @guarded
 def import_(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="wu, duo, heads-csv; probes-csv, probes-json.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Head scores or benchmark results from elsewhere.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="Head scores: wu, duo, heads-csv. Benchmark results: lm-eval, helmet, ruler, opencompass; probes-csv, "
+            "probes-json for plain tables. Left out (or auto): told from the file, where only one fits.",
+        ),
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="Where they are; of lm-eval, helmet and ruler also a folder.", show_default=False
+        ),
+    ] = None,
     into: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Run folder that keeps it; without it, FILE is only shown.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name in the run; default: the file's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the run; default: made of the file's.")] = None,
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", metavar="THEIRS=OURS", help="Which checkpoint of the run is meant; may be repeated."),
+        typer.Option(
+            "--map",
+            metavar="THEIRS=OURS",
+            help="Which checkpoint of the run is meant; THEIRS= leaves it out; may be repeated.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of which checkpoint all results are, where the file tells none or one.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Context length in tokens, for a ruler summary whose path tells none.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of the best heads are shown.")] = 10,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Bring in head scores that others published, or benchmark results of checkpoints."""
+    import polars as pl
+
     from lccp_interp import imports
 
+    if file is None:
+        kind, file = imports.AUTO, Path(kind)
+        if str(file) in imports.KINDS and not file.exists():
+            raise LccpError(f"import {file}: give the file too, `lccp import {file} FILE`")
+    if kind == imports.AUTO:
+        kind = imports.guess_kind(file)
+    kept: dict[str, Any] | None = None
+    summary: dict[str, Any]
     if kind in imports.PROBE_KINDS:
+        pairs = _pairs(mapping or [])
+        if into is None and pairs:
+            raise LccpError("--map tells which checkpoints of a run are meant; add --into RUN")
+        results = imports.read_results(file, kind, checkpoint=checkpoint, length=length)
+        for part in results:
+            if part.left_out:
+                told = imports.name_some(part.left_out)
+                print(f"lccp: {part.path}: left out {len(part.left_out)} that are no scores: {told}", file=sys.stderr)
         if into is None:
-            probes = imports.read_probes(file, kind)
+            shown = pl.concat([part.rows for part in results])
         else:
-            probes = imports.import_probes(into, kind, file, mapping=_pairs(mapping or []), name=name)
-        shown, summary = probes, {"file": file.name, "kind": kind, "rows": probes.height}
+            added = imports.add_results(into, results, mapping=pairs, name=name)
+            shown = added.probes
+            kept = {"run": str(into), "name": added.names[0] if len(added.names) == 1 else list(added.names)}
+        summary = {"file": file.name, "kind": kind, "rows": shown.height}
+        left_out = sum(len(part.left_out) for part in results)
+        if left_out:
+            summary["left_out"] = left_out
     elif kind in imports.HEAD_KINDS.values():
-        if mapping:
-            raise LccpError(f"--map is for benchmark results ({', '.join(imports.PROBE_KINDS)}), not for {kind}")
+        for option, given in (("--map", mapping), ("--checkpoint", checkpoint), ("--length", length)):
+            if given:
+                raise LccpError(
+                    f"{option} is for benchmark results ({', '.join(imports.PLAIN_KINDS)}), not for {kind}; those of "
+                    f"harnesses are {', '.join(imports.HARNESS_READERS)}"
+                )
         heads = imports.read_heads(file, kind)
         if into is not None:
             heads = imports.import_heads(into, kind, file, name=name)
+            kept = {"run": str(into), "name": name or file.stem}
         shown, summary = imports.top_heads(heads, top).drop("source", "kind"), imports.summarise_heads(heads)
     else:
-        known = ", ".join([*imports.HEAD_KINDS.values(), *imports.PROBE_KINDS])
-        raise LccpError(f"unknown kind {kind!r}; known are {known}")
-    kept = None if into is None else {"run": str(into), "name": name or file.stem}
+        near = difflib.get_close_matches(kind, imports.KINDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; or leave it out"
+        raise LccpError(f"unknown kind {kind!r}; known are {', '.join(imports.KINDS)}{hint}")
     records = imports.records(shown)
     if output_format is Format.json:
         print_records({**summary, "kept": kept, "records": records}, output_format)
@@ -143,7 +240,10 @@ def import_(
     print_records(records, output_format)
     if output_format is Format.table:
         told = ", ".join(f"{key} {value}" for key, value in summary.items() if value is not None)
-        where = "not kept: add --into RUN" if kept is None else f"kept in {kept['run']} as {kept['name']}"
+        where = "not kept: add --into RUN"
+        if kept is not None:
+            names = kept["name"] if isinstance(kept["name"], str) else imports.name_some(kept["name"], 3)
+            where = f"kept in {kept['run']} as {names}"
         print(f"{told}; {where}", file=sys.stderr)
 
 
@@ -151,8 +251,8 @@ def _pairs(mapping: Sequence[str]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for item in mapping:
         theirs, equals, ours = item.rpartition("=")
-        if not (theirs and equals and ours):
-            raise LccpError(f"--map {item!r}: expected THEIRS=OURS, like step100=lccp-20K")
+        if not (theirs and equals):
+            raise LccpError(f"--map {item!r}: expected THEIRS=OURS, like step100=lccp-20K, or THEIRS= to leave it out")
         if theirs in pairs:
             raise LccpError(f"--map names {theirs!r} twice; keep one")
         pairs[theirs] = ours
@@ -209,6 +309,7 @@ def correlate(
     lead_lag: Annotated[
         int | None, typer.Option(metavar="CHECKPOINTS", help="Steps against steps, shifted by up to so many.")
     ] = None,
+    mode: ModeOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Correlate cheap metrics with probe results: levels, detrended and differences, with exact small-n tests."""
@@ -216,12 +317,18 @@ def correlate(
     from lccp_interp.dynamics.series import IMPORT_HINT, run_series
     from lccp_interp.store import Run
 
-    cheap, found = run_series(Run.open(run), length=length, stage=stage)
+    cheap, found = run_series(Run.open(run), length=length, stage=stage, mode=mode)
     probes = None if found.is_empty() else found
     if lead_lag is not None:
         table = correlation.lead_lag(cheap, probes, max_lag=lead_lag, method=method, common=common)
     else:
         table = correlation.correlate(cheap, probes, method=method, common=common)
+    if table["r"].is_nan().all():
+        reasons = table["reason"].unique(maintain_order=True).to_list()
+        more = f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
+        raise LccpError(
+            f"{run}: no correlation is defined ({'; '.join(reasons[:3])}{more}); score or import more checkpoints"
+        )
     if paper:
         table = correlation.paper_layout(table)
     print_table(table, output_format)
@@ -242,9 +349,14 @@ def budget(
     ] = None,
     measures: Annotated[
         str | None,
-        typer.Option(help="niah_score, answer_ppl, loss_nats, n_retrieval_heads, mean_initial_score; default: all."),
+        typer.Option(
+            "--measures",
+            "--metrics",
+            help="niah_score, answer_ppl, loss_nats, n_retrieval_heads, mean_initial_score; default: all.",
+        ),
     ] = None,
     transform: Annotated[str, typer.Option(help="levels, detrended or differences.")] = "levels",
+    mode: ModeOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """How many cases of which length give the run's curve, and what they cost beside an SFT probe."""
@@ -252,7 +364,9 @@ def budget(
     from lccp_interp.store import Run
 
     asked = items(measures, "--measures") if measures is not None else subsampling.MEASURES
-    table = subsampling.budget(Run.open(run), level=level, length=length, measures=asked, transform=transform)
+    table = subsampling.budget(
+        Run.open(run), level=level, length=length, measures=asked, transform=transform, mode=mode
+    )
     print_table(table, output_format)
     if output_format is Format.table:
         for sentence in subsampling.advice(table, level=level):
@@ -268,7 +382,10 @@ def saturation(
         typer.Option(help="Length in tokens; default: the run's longest, and perplexity and loss at every length."),
     ] = None,
     share: Annotated[float, typer.Option(metavar="PERCENT", help="Share of the fitted gain that counts as done.")] = 95,
-    metric: Annotated[str | None, typer.Option(metavar="NAMES", help="Separated by commas; default: all.")] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", "--metrics", metavar="NAMES", help="Separated by commas; default: all.")
+    ] = None,
+    mode: ModeOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """When each metric made most of its gain, with intervals, and whether it is done: one row and verdict each."""
@@ -279,7 +396,7 @@ def saturation(
         raise LccpError(f"--share is in percent, got {share:g}; write {100 * share:g} for that part of the gain")
     opened = Run.open(run)
     metrics = None if metric is None else items(metric, "--metric")
-    records = dynamics.saturation_records(opened, metrics=metrics, length=length, share=share / 100)
+    records = dynamics.saturation_records(opened, metrics=metrics, length=length, share=share / 100, mode=mode)
     if output_format is not Format.table:
         print_records(records, output_format)
         return
@@ -287,7 +404,7 @@ def saturation(
     for record in records:
         print(f"{dynamics.title(record)}: {record['verdict']}; {record['reason']}")
     if metrics is None:
-        print(dynamics.deceptive_saturation(opened, length=length, share=share / 100).sentence)
+        print(dynamics.deceptive_saturation(opened, length=length, share=share / 100, mode=mode).sentence)
 
 
 def print_table(table: pl.DataFrame, output_format: Format) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import warnings
@@ -66,11 +67,25 @@ HaystackOption = Annotated[
 PromptOption = Annotated[
     str | None,
     typer.Option(
-        metavar="TEMPLATE",
-        help=r"Template with {context} and {question}, \n for line breaks; default: the paper's "
-        r"'{context}\nQuestion: {question}\nAnswer:'.",
+        metavar="paper|wu|TEMPLATE",
+        help=r"paper: '{context}\nQuestion: {question}\nAnswer:' (default; arXiv 2604.02650); wu: that of arXiv "
+        r"2404.15574; or a template with {context} and {question}, \n for line breaks.",
     ),
 ]
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        help="niah: needle in a haystack, by length and depth; interference: by distance to the question and text "
+        "before the needle; longbio: facts of made-up biographies, by length and depth."
+    ),
+]
+DistancesOption = Annotated[
+    str, typer.Option(help="--task interference: tokens between needle and question, each exact.")
+]
+InterferencesOption = Annotated[
+    str, typer.Option(help="--task interference: tokens of context before the needle, each exact.")
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the tokenizer's chat template.")]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -168,6 +183,8 @@ def number(text: str, option: str) -> float:
 
 
 def print_records(records: Sequence[Mapping[str, Any]] | Mapping[str, Any], output_format: Format) -> None:
+    """Print records; a number that is not finite is null in JSON, empty in CSV and a dash in a table."""
+    records = _finite(records)
     if output_format is Format.json:
         print(json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False))
         return
@@ -191,6 +208,15 @@ def print_records(records: Sequence[Mapping[str, Any]] | Mapping[str, Any], outp
         table.add_row(*(Text(_cell(name, value)) for name, value in record.items()))
     # Into a pipe or a file nothing is cut to a terminal's width.
     Console(width=None if sys.stdout.isatty() else 250).print(table)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for each NaN and infinity in it, however deep."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _cell(name: str, value: Any) -> str:

@@ -13,7 +13,8 @@ from lccp_interp.dynamics.heads import (
     score_table,
     stability,
 )
-from lccp_interp.dynamics.outcomes import outcome_table
+from lccp_interp.dynamics.outcomes import interference_table, outcome_table
+from lccp_interp.dynamics.paired import paired_census, paired_heads
 from lccp_interp.dynamics.published import published_correlations
 from lccp_interp.dynamics.saturation import (
     DeceptiveSaturation,
@@ -42,12 +43,15 @@ __all__ = [
     "events",
     "head_records",
     "head_sample",
+    "interference_table",
     "lead_lag",
     "lives",
     "metric_curves",
     "metric_names",
     "metric_series",
     "outcome_table",
+    "paired_census",
+    "paired_heads",
     "paper_layout",
     "published_correlations",
     "run_series",

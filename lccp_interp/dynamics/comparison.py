@@ -12,7 +12,6 @@ scan of the score parts per run, and `heads x 260` multiplications per checkpoin
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from lccp_interp.checkpoints import read_config
 from lccp_interp.dynamics.heads import HeadSample, effective_top_k, is_retrieval_head, score_table, spearman
 from lccp_interp.dynamics.ranking import RBO_P, membership, rank_biased_overlap, ranks_nothing, rbo_by_chance
 from lccp_interp.dynamics.resampling import draw_resamples, percentile_interval, resampled_means
-from lccp_interp.dynamics.selection import base_checkpoint, choose, head_values
+from lccp_interp.dynamics.selection import base_checkpoint, choose, head_values, warn_of_twins
 from lccp_interp.imports import HEAD_KINDS, imported_heads, imported_names, list_shape, read_heads
 from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
 from lccp_interp.store import Run
@@ -77,6 +76,7 @@ def compare(
     top_k: int | None = None,
     threshold: float = RETRIEVAL_THRESHOLD,
     reference_threshold: float | None = None,
+    rule: str = "above null",
     by_kv: bool = False,
     n_kv_heads: int | None = None,
     p: float = RBO_P,
@@ -91,9 +91,9 @@ def compare(
             as `FOLDER:CHECKPOINT`, with that one.
         metric, length, mode: as in `score_table`; another run is read at the same.
         top_k: size of the top lists; None means min(30, a quarter of the heads).
-        threshold: above which a head of the run is a retrieval head (it must also be above its null, where decoys were
-            measured).
+        threshold: above which a head of the run is a retrieval head.
         reference_threshold: the same for the reference; None means `threshold`. DuoAttention's gates are another scale.
+        rule: `above null` (a retrieval head is also above its null, where decoys were measured) or `threshold`.
         by_kv: compare groups of heads that share a key/value head, by their best head.
         n_kv_heads: key/value heads per layer; None reads it from a checkpoint's config.json.
         p: of rank-biased overlap.
@@ -116,15 +116,15 @@ def compare(
     Example:
         >>> compare(Run.open("runs/demo"), "imported:llama-2-7b-80k")   # doctest: +SKIP
     """
-    table = _marked(_scores(run, metric, length, mode), threshold)
+    table = _marked(_scores(run, metric, length, mode), threshold, rule)
     length = int(table["length"][0])
     strict = threshold if reference_threshold is None else reference_threshold
 
     def read_other(other: Run) -> pl.DataFrame:
-        return _marked(_scores(other, metric, length, mode), strict)
+        return _marked(_scores(other, metric, length, mode), strict, rule)
 
-    against = _resolve(run, table, reference, read_other, strict)
-    _warn_of_twins(run, table)
+    against = _resolve(run, table, reference, read_other, strict, rule)
+    warn_of_twins(run, table["checkpoint"].unique(maintain_order=True).to_list())
     shown = table
     if by_kv:
         n_kv = n_kv_heads if n_kv_heads is not None else kv_heads_of(run)
@@ -158,8 +158,8 @@ def _scores(run: Run, metric: str, length: int | None, mode: str | None) -> pl.D
     return HeadSample(values, draw_resamples(values.clusters, n_boot=n_boot)).table()
 
 
-def _marked(table: pl.DataFrame, threshold: float) -> pl.DataFrame:
-    return table.with_columns(retrieves=is_retrieval_head(table, threshold=threshold))
+def _marked(table: pl.DataFrame, threshold: float, rule: str) -> pl.DataFrame:
+    return table.with_columns(retrieves=is_retrieval_head(table, threshold=threshold, rule=rule))
 
 
 def _measures(
@@ -209,6 +209,7 @@ def _resolve(
     reference: str | Path | Run | pl.DataFrame | None,
     read_other: Callable[[Run], pl.DataFrame],
     threshold: float,
+    rule: str,
 ) -> _Reference:
     names = table["checkpoint"].unique(maintain_order=True).to_list()
     if reference is None:
@@ -223,7 +224,8 @@ def _resolve(
                 f"run {run.path} has one scored checkpoint, {reference!r}; compare it with another run, "
                 "imported:NAME or the file of a head list"
             )
-        return _fixed(_marked(table.filter(pl.col("checkpoint") == reference), threshold), reference, whole=True)
+        heads = _marked(table.filter(pl.col("checkpoint") == reference), threshold, rule)
+        return _fixed(heads, reference, whole=True)
     if str(reference).startswith(IMPORTED_PREFIX):
         name = str(reference).removeprefix(IMPORTED_PREFIX)
         return _from_list(imported_heads(run, name), str(reference), threshold)
@@ -261,7 +263,7 @@ def _from_list(heads: pl.DataFrame, label: str, threshold: float) -> _Reference:
     heads = heads.with_columns(pl.col("layer", "head").cast(pl.Int64), score)
     kind = str(heads["kind"][0]) if "kind" in heads.columns and heads.height else None
     whole = list_shape(heads) is not None
-    return _fixed(_marked(heads, threshold), label, whole=whole, kind=kind)
+    return _fixed(_marked(heads, threshold, "threshold"), label, whole=whole, kind=kind)
 
 
 def _from_run(other: Run, table: pl.DataFrame) -> _Reference:
@@ -278,16 +280,6 @@ def _from_run(other: Run, table: pl.DataFrame) -> _Reference:
         for (name, tokens), heads in table.partition_by("checkpoint", "tokens_seen", as_dict=True).items()
     }
     return _Reference(lambda name, tokens: by_tokens.get(tokens), table, str(other.path), True)
-
-
-def _warn_of_twins(run: Run, table: pl.DataFrame) -> None:
-    scored = run.checkpoints.filter(pl.col("name").is_in(table["checkpoint"].unique().implode()))
-    same = scored.filter(pl.col("hash").is_not_null() & pl.col("hash").is_duplicated())
-    for names in same.group_by("hash", maintain_order=True).agg("name")["name"]:
-        warnings.warn(
-            f"checkpoints {', '.join(names)} of {run.path} have the same weights (hash), so their rows are the same",
-            stacklevel=3,
-        )
 
 
 def _check_architecture(table: pl.DataFrame, against: _Reference, where: str) -> None:

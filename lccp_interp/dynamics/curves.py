@@ -12,7 +12,6 @@ scores if they are asked for, and one matrix product per curve.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.heads import head_sample
+from lccp_interp.dynamics.outcomes import case_measures, dense_measures
 from lccp_interp.dynamics.resampling import Resamples, draw_resamples, mean_defined, resampled_means
 from lccp_interp.dynamics.selection import (
     base_checkpoint,
@@ -28,6 +28,9 @@ from lccp_interp.dynamics.selection import (
     choose_length,
     choose_mode,
     niah_cases,
+    run_probes,
+    scored_checkpoints,
+    warn_of_twins,
 )
 from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
 from lccp_interp.store import Run
@@ -155,29 +158,14 @@ def checkpoints_from_base(run: Run) -> pl.DataFrame:
     Two checkpoints with the same weights are kept, with a warning: to a fit they look like a plateau.
 
     Raises:
-        LccpError: two checkpoints have seen the same number of tokens.
+        LccpError: two checkpoints have seen the same number of tokens (as `Run.checkpoints`).
     """
     listed = run.checkpoints.rename({"name": "checkpoint"})
     base = base_checkpoint(listed)
     start = int(listed.filter(pl.col("checkpoint") == base)["tokens_seen"][0])
-    own = listed.filter(pl.col("tokens_seen") >= start).select(
-        "checkpoint", (pl.col("tokens_seen") - start).alias("tokens_since_base"), "tokens_seen", "hash"
-    )
-    for tokens, names in _doubles(own, "tokens_seen"):
-        raise LccpError(
-            f"checkpoints {names} of {run.path} all have {tokens} tokens seen; a curve needs one each: "
-            "give them their own tokens_seen"
-        )
-    for _, names in _doubles(own.filter(pl.col("hash").is_not_null(), pl.col("hash") != ""), "hash"):
-        warnings.warn(
-            f"checkpoints {names} of {run.path} hold identical weights; to a fit they look like a plateau", stacklevel=2
-        )
-    return own.drop("tokens_seen")
-
-
-def _doubles(table: pl.DataFrame, column: str) -> list[tuple[object, str]]:
-    found = table.filter(pl.col(column).is_duplicated()).group_by(column, maintain_order=True).agg("checkpoint")
-    return [(value, ", ".join(names)) for value, names in found.rows()]
+    own = listed.filter(pl.col("tokens_seen") >= start)
+    warn_of_twins(run, own["checkpoint"].to_list())
+    return own.select("checkpoint", (pl.col("tokens_seen") - start).alias("tokens_since_base"), "hash")
 
 
 class _Reader:
@@ -187,19 +175,10 @@ class _Reader:
         self.run, self.mode, self.n_boot, self.seed = run, mode, n_boot, seed
         self.asked = length
         self.length = choose_length(run, length)
+        scored = scored_checkpoints(run, mode)["checkpoint"].implode()
         self.checkpoints = checkpoints_from_base(run)
-        outcomes = run.outcomes.filter(
-            pl.col("mode") == mode, pl.col("checkpoint").is_in(self.checkpoints["checkpoint"].implode())
-        )
-        self.outcomes = outcomes.select(
-            "checkpoint",
-            "case_id",
-            loss_nats=pl.col("answer_loss_nats").list.mean().cast(pl.Float64),
-            answer_ppl=pl.col("answer_ppl"),
-            niah_score=pl.col("greedy_exact").cast(pl.Float64) * 100,
-        ).collect()
+        self.outcomes = case_measures(run, mode)
         # Checkpoints that are not scored yet are no part of any curve of outcomes.
-        scored = self.outcomes["checkpoint"].unique().implode()
         self.scored = self.checkpoints.filter(pl.col("checkpoint").is_in(scored))
         self.cases = niah_cases(run)
 
@@ -244,11 +223,7 @@ class _Reader:
         self, metric: str, column: str, members: pl.DataFrame, length: int | None, depth: float | None
     ) -> MetricCurve:
         """Mean of an outcome over the cases `members`, which have a `cluster`."""
-        indexed = self.outcomes.join(self.scored.select("checkpoint").with_row_index("i"), on="checkpoint").join(
-            members.select("case_id").with_row_index("j"), on="case_id"
-        )
-        values = np.full((members.height, self.scored.height), np.nan)
-        values[indexed["j"].to_numpy(), indexed["i"].to_numpy()] = indexed[column].fill_null(math.nan).to_numpy()
+        values = dense_measures(self.outcomes, self.scored, members, (column,))[column].T
         clusters = np.unique(members["cluster"].to_numpy(), return_inverse=True)[1]
         resamples = draw_resamples(clusters, n_boot=self.n_boot, seed=self.seed)
         mean, n = mean_defined(values)
@@ -319,17 +294,10 @@ class _Reader:
 
     def _probes(self, name: str) -> list[MetricCurve]:
         """One curve per length of a probe."""
-        rows = self.run.probes.collect()
+        rows = run_probes(self.run)
         rows = rows.filter(
             pl.Series([_probe_name(*row) == name for row in rows.select("benchmark", "subset", "metric").rows()])
         )
-        known = self.run.checkpoints["name"]
-        strangers = rows.filter(~pl.col("checkpoint").is_in(known.implode()))["checkpoint"].unique().sort().to_list()
-        if strangers:
-            raise LccpError(
-                f"{name} has scores of {', '.join(strangers)}, which the run {self.run.path} does not have; "
-                f"it has {', '.join(known)}: rename them in the probes"
-            )
         rng = np.random.default_rng(self.seed)
         higher = not any(word in name.rsplit(":", 1)[1].lower() for word in LOWER_IS_BETTER)
         curves = []

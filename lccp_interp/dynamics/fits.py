@@ -323,6 +323,23 @@ def aicc(rss: float, n: int, n_free: int) -> float:
     return n * math.log(rss / n) + 2 * n_free + 2 * n_free * (n_free + 1) / (n - n_free - 1)
 
 
+def curve_values(fit: Fit, tokens: Array) -> Array:
+    """The fitted shape at any tokens since the base, of the same shape as `tokens`; A log N + B is NaN at N = 0.
+
+    Example:
+        >>> falling = Fit(EXPONENTIAL, {"c": 3, "a": 5, "tau": 4}, 4, 1, 0, 12, 5, np.zeros(0))
+        >>> curve_values(falling, np.array([0.0, 1e9]))
+        array([8., 3.])
+    """
+    named = fit.parameters
+    if fit.model == LOG_LINEAR:
+        after = np.where(tokens > 0, tokens, np.nan)
+        return np.asarray(named["A"] * np.log(after) + named["B"])
+    if fit.model == EXPONENTIAL:
+        return np.asarray(named["c"] + named["a"] * np.exp(-tokens / named["tau"]))
+    return np.asarray(named["c"] + named["a"] * np.exp(-named["b"] * np.log1p(tokens / named["s"])))
+
+
 def choose_fit(fits: tuple[Fit, ...]) -> Fit:
     """The fit of least AICc; where none is defined, the best fitting of those with the fewest parameters."""
     return min(fits, key=_rank)
@@ -447,12 +464,12 @@ def _test_points(
         ]
     )
     points = grid[np.unique(tested)]
-    for _ in range(3):
+    for rounds_left in (2, 1, 0):
         mesh, exponents = np.meshgrid(grid, EXPONENTS, indexing="ij")
         basis = _Basis.of(curve_shape(tokens, mesh, exponents, share), variance)
         p_values = _p_values(basis, values, noise, np.searchsorted(grid, points), sign)
         inside = np.flatnonzero(p_values > 1 - confidence)
-        if len(inside) >= MIN_ACCEPTED:
+        if len(inside) >= MIN_ACCEPTED or not rounds_left:
             break
         first, final = (inside[0], inside[-1]) if len(inside) else (p_values.argmax(),) * 2
         ends = points[max(first - 1, 0)], points[min(final + 1, len(points) - 1)]

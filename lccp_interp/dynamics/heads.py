@@ -362,6 +362,8 @@ def head_records(
     mode: str | None = None,
     checkpoint: str | None = None,
     top: int | None = None,
+    threshold: float = RETRIEVAL_THRESHOLD,
+    rule: str = "above null",
     confidence: float = 0.95,
     n_boot: int = 1000,
     seed: int = 0,
@@ -372,13 +374,15 @@ def head_records(
         run, metric, length, mode, confidence, n_boot, seed: as in `score_table`.
         checkpoint: keep only this one; `last` means the last scored one.
         top: keep only the first so many records.
+        threshold, rule: which heads are retrieval heads, as in `is_retrieval_head`.
 
     Returns:
-        Dictionaries with checkpoint, tokens_seen, metric, layer, head, score, ci_low, ci_high, n; by falling score,
-        ties by order of checkpoints, layer, head; undefined scores (None, as JSON knows no NaN) last.
+        Dictionaries with checkpoint, tokens_seen, metric, layer, head, score, ci_low, ci_high, n, retrieves (whether it
+        is a retrieval head); by falling score, ties by order of checkpoints, layer, head; undefined scores (None, as
+        JSON knows no NaN) last.
 
     Raises:
-        LccpError: as `score_table`; an unknown checkpoint; `top` below 1.
+        LccpError: as `score_table`; an unknown checkpoint or rule; `top` below 1.
 
     Example:
         >>> head_records(Run.open("runs/demo"), top=1)[0]["score"]   # doctest: +SKIP
@@ -389,6 +393,7 @@ def head_records(
     table = score_table(
         run, metric=metric, length=length, mode=mode, confidence=confidence, n_boot=n_boot, seed=seed
     ).with_row_index("order")
+    table = table.with_columns(retrieves=is_retrieval_head(table, threshold=threshold, rule=rule))
     if checkpoint is not None:
         known = table["checkpoint"].unique(maintain_order=True).to_list()
         if checkpoint == "last" and "last" not in known:
@@ -398,5 +403,5 @@ def head_records(
     ranked = table.with_columns(pl.col(numbers).fill_nan(None)).sort(
         "score", "order", descending=[True, False], nulls_last=True
     )
-    columns = ("checkpoint", "tokens_seen", "metric", "layer", "head", *numbers, "n")
+    columns = ("checkpoint", "tokens_seen", "metric", "layer", "head", *numbers, "n", "retrieves")
     return (ranked if top is None else ranked.head(top)).select(columns).to_dicts()

@@ -15,7 +15,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.resampling import Resamples, bootstrap_means, check_bootstrap, draw_resamples
-from lccp_interp.dynamics.selection import choose, choose_mode, niah_cases, scored_checkpoints
+from lccp_interp.dynamics.selection import choose, choose_mode, interference_cases, niah_cases, scored_checkpoints
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run
 
@@ -63,32 +63,63 @@ def outcome_table(
     Example:
         >>> outcome_table(Run.open("runs/demo"), by=("length",)).head(3)   # doctest: +SKIP
     """
+    return _table(run, niah_cases(run), by, ppl, mode, confidence, n_boot, seed)
+
+
+def interference_table(
+    run: Run,
+    *,
+    ppl: str = "mean_ppl",
+    mode: str | None = None,
+    confidence: float = 0.95,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Score, perplexity and loss over distance and interference, per checkpoint (arXiv 2604.02650, Figures 8 and 9).
+
+    Distance is how many tokens lie between needle and question, interference how many before the needle.
+
+    Args:
+        run: an opened run of task `interference`.
+        ppl, mode, confidence, n_boot, seed: as in `outcome_table`.
+
+    Returns:
+        As `outcome_table`, with the columns distance and interference (tokens) for groups.
+
+    Raises:
+        LccpError: a run of another task, or as `outcome_table`.
+
+    Example:
+        >>> interference_table(Run.open("runs/demo/interference")).head(3)   # doctest: +SKIP
+    """
+    return _table(run, interference_cases(run), ("distance", "interference"), ppl, mode, confidence, n_boot, seed)
+
+
+def _table(
+    run: Run,
+    cases: pl.DataFrame,
+    by: Sequence[str],
+    ppl: str,
+    mode: str | None,
+    confidence: float,
+    n_boot: int,
+    seed: int,
+) -> pl.DataFrame:
     check_bootstrap(confidence, n_boot)
     choose("ppl", ppl, PPL_AVERAGES, "outcome_table")
     mode = choose_mode(run, mode)
-    cases = niah_cases(run)
     for column in by:
         choose("column of by", column, cases.columns, f"the cases of {run.path}")
     if len(set(by)) != len(by):
         raise LccpError(f"by names a column twice: {', '.join(by)}; name each once")
     checkpoints = scored_checkpoints(run, mode)
-    measured = (
-        run.outcomes.filter(pl.col("mode") == mode)
-        .select(
-            "checkpoint",
-            "case_id",
-            loss_nats=pl.col("answer_loss_nats").list.mean().cast(pl.Float64),
-            answer_ppl=pl.col("answer_ppl"),
-            niah_score=pl.col("greedy_exact").cast(pl.Float64) * 100,
-        )
-        .collect()
-    )
+    measured = case_measures(run, mode)
     parts = []
     groups = cases.partition_by(*by, as_dict=True, maintain_order=True) if by else {(): cases}
     for key, members in groups.items():
         clusters = np.unique(members["cluster"].to_numpy(), return_inverse=True)[1]
         resamples = draw_resamples(clusters, n_boot=n_boot, seed=seed, confidence=confidence)
-        columns = _summarise(_dense(measured, checkpoints, members), resamples, ppl)
+        columns = _summarise(dense_measures(measured, checkpoints, members), resamples, ppl)
         labels = [pl.lit(value, members.schema[column]).alias(column) for column, value in zip(by, key, strict=True)]
         parts.append(
             checkpoints.with_columns(
@@ -116,13 +147,28 @@ def _summarise(
     return {**columns, "n": n}
 
 
-def _dense(measured: pl.DataFrame, checkpoints: pl.DataFrame, cases: pl.DataFrame) -> dict[str, NDArray[np.float64]]:
-    """Each measure as an array `[checkpoint, case]`, NaN where there is no outcome."""
+def case_measures(run: Run, mode: str) -> pl.DataFrame:
+    """What every checkpoint did in every case: columns checkpoint, case_id and those of `MEASURES`."""
+    return run.collect(
+        run.outcomes.filter(pl.col("mode") == mode).select(
+            "checkpoint",
+            "case_id",
+            loss_nats=pl.col("answer_loss_nats").list.mean().cast(pl.Float64),
+            answer_ppl=pl.col("answer_ppl").cast(pl.Float64),
+            niah_score=pl.col("greedy_exact").cast(pl.Float64) * 100,
+        )
+    )
+
+
+def dense_measures(
+    measured: pl.DataFrame, checkpoints: pl.DataFrame, cases: pl.DataFrame, measures: Sequence[str] = MEASURES
+) -> dict[str, NDArray[np.float64]]:
+    """Each measure of `case_measures` as an array `[checkpoint, case]`, NaN where there is no outcome."""
     indexed = measured.join(checkpoints.select("checkpoint").with_row_index("i"), on="checkpoint").join(
         cases.select("case_id").with_row_index("j"), on="case_id"
     )
     dense = {}
-    for name in MEASURES:
+    for name in measures:
         array = np.full((checkpoints.height, cases.height), np.nan)
         array[indexed["i"].to_numpy(), indexed["j"].to_numpy()] = indexed[name].fill_null(float("nan")).to_numpy()
         dense[name] = array

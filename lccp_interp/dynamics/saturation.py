@@ -45,7 +45,7 @@ from lccp_interp.dynamics.fits import (
     median_slope,
     trend_p_value,
 )
-from lccp_interp.dynamics.selection import choose, choose_length
+from lccp_interp.dynamics.selection import choose, choose_length, named
 from lccp_interp.store import Run
 
 SATURATED, IMPROVING, UNKNOWN = "saturated", "still improving", "cannot tell"
@@ -155,8 +155,8 @@ def saturation_table(
     few = [f"{title(row)} (n = {row['n']})" for row in rows if 0 < row["n"] < MIN_CHECKPOINTS]
     if few:
         warnings.warn(
-            f"fewer than {MIN_CHECKPOINTS} checkpoints from the base on, so saturation cannot be told for "
-            f"{'; '.join(few)}; score more checkpoints",
+            f"fewer than {MIN_CHECKPOINTS} checkpoints from the base on, so saturation cannot be told for {len(few)} "
+            f"of {len(rows)} curves: {named(few, 3)}; score more checkpoints",
             stacklevel=2,
         )
     return pl.DataFrame(rows, schema=SATURATION_SCHEMA)
@@ -280,13 +280,15 @@ def _verdict(row: dict[str, Any], found: Saturation, late_start: float, late_gai
 
     `late_gain` is what the checkpoints from `late_start` on gained, in units of the metric.
     """
-    last, share = tokens_text(row["tokens_last"]), _percent(row["share"])
+    last, share = format_tokens(row["tokens_last"]), _percent(row["share"])
     improves = row["slope_p"] < ALPHA
     what = "still improve" if improves else "show no improvement"
     trend = f"the last {row['slope_n']} checkpoints {what} (Mann-Kendall p = {row['slope_p']:.2g})"
-    low, high = tokens_text(found.ci_low), tokens_text(found.ci_high)
+    low, high = format_tokens(found.ci_low), format_tokens(found.ci_high)
     if math.isfinite(found.ci_high):
-        where = f"{share} of the fitted gain ({found.best.model}) is made by {tokens_text(found.best.tokens_at_share)}"
+        where = (
+            f"{share} of the fitted gain ({found.best.model}) is made by {format_tokens(found.best.tokens_at_share)}"
+        )
         text = f"{where} (interval {low} to {high}) of {last} tokens; {trend}"
         part = late_gain / found.best.gain
         if improves:
@@ -304,7 +306,7 @@ def _verdict(row: dict[str, Any], found: Saturation, late_start: float, late_gai
         text = f"{share} of the fitted gain ({found.best.model}) is not made by the last checkpoint ({last} tokens)"
     else:
         text = f"the interval of the {share} point runs from {low} beyond the last checkpoint ({last} tokens)"
-        text += f", best guess {'beyond it' if is_beyond else tokens_text(at_share)}"
+        text += f", best guess {'beyond it' if is_beyond else format_tokens(at_share)}"
     if improves or not is_beyond:
         return IMPROVING if improves and is_beyond else UNKNOWN, f"{text}; {trend}"
     return UNKNOWN, f"{text}; but {trend}"
@@ -370,15 +372,15 @@ def compare(score: dict[str, Any], ppl: dict[str, Any]) -> tuple[str, str]:
     if score["verdict"] == IMPROVING:
         return "no", f"Saturation is not deceptive {at}: the NIAH score itself is still improving ({score['reason']})."
     made = (
-        f"the NIAH score makes {share} of its gain by {tokens_text(score['tokens_at_share'])} tokens since the base "
-        f"(interval {tokens_text(score['ci_low'])} to {tokens_text(score['ci_high'])})"
+        f"the NIAH score makes {share} of its gain by {format_tokens(score['tokens_at_share'])} tokens since the base "
+        f"(interval {format_tokens(score['ci_low'])} to {format_tokens(score['ci_high'])})"
     )
     if ppl["verdict"] == IMPROVING:
         return "yes", f"Saturation is deceptive {at}: {made}, while the {name} is still improving: {ppl['reason']}."
-    high = "beyond the last checkpoint" if ppl["ci_high"] is None else tokens_text(ppl["ci_high"])
-    theirs = f"the {name} makes {share} of its own between {tokens_text(ppl['ci_low'])} and {high}"
+    high = "beyond the last checkpoint" if ppl["ci_high"] is None else format_tokens(ppl["ci_high"])
+    theirs = f"the {name} makes {share} of its own between {format_tokens(ppl['ci_low'])} and {high}"
     if ppl["ci_high"] is None:
-        theirs = f"the {name} makes {share} of its own after {tokens_text(ppl['ci_low'])}"
+        theirs = f"the {name} makes {share} of its own after {format_tokens(ppl['ci_low'])}"
     if score["ci_high"] < ppl["ci_low"]:
         return "yes", f"Saturation is deceptive {at}: {made}, {theirs}: the intervals do not overlap."
     if ppl["ci_high"] is not None and ppl["ci_high"] < score["ci_low"]:
@@ -398,16 +400,18 @@ def title(record: Mapping[str, Any]) -> str:
     return f"{record['metric']}{at}{depth}"
 
 
-def tokens_text(tokens: float) -> str:
-    """Tokens in three digits.
+def format_tokens(tokens: float) -> str:
+    """A number of tokens in K, M, B or T, three significant digits.
 
     Example:
-        >>> tokens_text(614_400), tokens_text(2_621_440), tokens_text(0)
-        ('614K', '2.62M', '0')
+        >>> format_tokens(4_800_000), format_tokens(0), format_tokens(200e9), format_tokens(1024)
+        ('4.8M', '0', '200B', '1.02K')
+        >>> format_tokens(614_400), format_tokens(2_621_440)
+        ('614K', '2.62M')
     """
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if tokens >= 0.9995 * size:
-            return f"{tokens / size:.3g}{unit}"
+    for power, unit in ((12, "T"), (9, "B"), (6, "M"), (3, "K")):
+        if abs(tokens) >= 0.9995 * 10**power:
+            return f"{tokens / 10**power:.3g}{unit}"
     return f"{tokens:.3g}"
 
 

@@ -8,8 +8,9 @@ know statistics and pictures. Cost: one filtered scan of the score parts.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -18,7 +19,10 @@ from numpy.typing import NDArray
 from lccp_interp.schema import NULL_SUFFIX, LccpError
 from lccp_interp.store import Run
 
-NIAH_TASK = "niah"
+GRID_TASKS = ("niah", "longbio")
+"""Tasks whose cases lie on a grid of lengths and depths, one needle each: what heads are read on."""
+
+INTERFERENCE_TASK = "interference"
 PAPER_MODE = "teacher_forced"
 
 
@@ -56,7 +60,7 @@ def base_checkpoint(checkpoints: pl.DataFrame) -> str:
         raise LccpError("no checkpoints: the table is empty; score at least one checkpoint")
     name = "checkpoint" if "checkpoint" in checkpoints.columns else "name"
     ordered = checkpoints.select(name, "tokens_seen", "stage").unique().sort("tokens_seen", name)
-    earlier = ordered.filter(pl.col("stage") != ordered["stage"][-1])
+    earlier = ordered.filter(pl.col("stage").ne_missing(pl.lit(ordered["stage"][-1])))
     return str(earlier[name][-1] if earlier.height else ordered[name][0])
 
 
@@ -68,10 +72,19 @@ def niah_cases(run: Run) -> pl.DataFrame:
     Raises:
         LccpError: the run has none.
     """
-    cases = run.cases.filter(pl.col("task") == NIAH_TASK).drop("prompt_ids", "answer_ids").sort("case_id")
+    return _cases_of(run, GRID_TASKS, "score with --task niah, or read it with `lccp figures`")
+
+
+def interference_cases(run: Run) -> pl.DataFrame:
+    """The cases of `run` on the grid of distance and interference, as `niah_cases` gives others."""
+    return _cases_of(run, (INTERFERENCE_TASK,), "score with --task interference")
+
+
+def _cases_of(run: Run, tasks: Sequence[str], hint: str) -> pl.DataFrame:
+    cases = run.cases.filter(pl.col("task").is_in(tasks)).drop("prompt_ids", "answer_ids").sort("case_id")
     if cases.is_empty():
-        tasks = ", ".join(sorted(run.cases["task"].unique())) or "none"
-        raise LccpError(f"run {run.path} has no cases of task {NIAH_TASK!r} (it has: {tasks}); score with --task niah")
+        others = ", ".join(sorted(run.cases["task"].unique())) or "none"
+        raise LccpError(f"run {run.path} has no cases of task {tasks[0]!r} (it has: {others}); {hint}")
     pairs = cases.select("needle_id", "haystack_id").unique().sort("needle_id", "haystack_id").with_row_index("cluster")
     return cases.join(pairs, on=["needle_id", "haystack_id"], how="left", maintain_order="left")
 
@@ -99,7 +112,7 @@ def choose_mode(run: Run, mode: str | None) -> str:
     Raises:
         LccpError: unknown mode; the known ones are listed.
     """
-    known = run.outcomes.select(pl.col("mode").unique()).collect()["mode"].sort().to_list()
+    known = run.collect(run.outcomes.select(pl.col("mode").unique()))["mode"].sort().to_list()
     if mode is None:
         return PAPER_MODE if PAPER_MODE in known else str(known[0])
     return choose("mode", mode, known, str(run.path))
@@ -108,11 +121,80 @@ def choose_mode(run: Run, mode: str | None) -> str:
 def scored_checkpoints(run: Run, mode: str) -> pl.DataFrame:
     """Columns checkpoint, tokens_seen, stage of the checkpoints that hold outcomes in `mode`, in order of tokens.
 
-    Checkpoints that are entered in the run but not scored yet are left out.
+    Checkpoints that are entered in the run but not scored yet are left out, and with a warning those that hold outcomes
+    and are not entered.
+
+    Raises:
+        LccpError: no checkpoint that holds outcomes is entered in the run.
     """
-    done = run.outcomes.filter(pl.col("mode") == mode).select(pl.col("checkpoint").unique()).collect()["checkpoint"]
+    held = run.collect(run.outcomes.filter(pl.col("mode") == mode).group_by("checkpoint").len())
+    return _entered(run, held, "outcomes")
+
+
+def _entered(run: Run, held: pl.DataFrame, table: str) -> pl.DataFrame:
+    """Columns checkpoint, tokens_seen, stage of those of `held` (columns checkpoint, len) that run.json has."""
     listed = run.checkpoints.select(pl.col("name").alias("checkpoint"), "tokens_seen", "stage")
-    return listed.filter(pl.col("checkpoint").is_in(done.implode())).sort("tokens_seen", "checkpoint")
+    strangers = held.filter(~pl.col("checkpoint").is_in(listed["checkpoint"].implode())).sort("checkpoint")
+    known = listed.filter(pl.col("checkpoint").is_in(held["checkpoint"].implode())).sort("tokens_seen", "checkpoint")
+    if strangers.height:
+        names = named(strangers["checkpoint"].to_list())
+        what = f"{strangers['len'].sum()} rows of checkpoints that run.json does not have ({names})"
+        if known.is_empty():
+            raise LccpError(f"{run.path / table} holds only {what}; restore run.json, or score into a new folder")
+        # Where the warning is counted as raised decides what is a repetition: here, so that a report says it once.
+        warnings.warn(
+            f"{run.path / table} holds {what}: left out; enter them in run.json, or score them again", stacklevel=1
+        )
+    return known
+
+
+def run_probes(run: Run) -> pl.DataFrame:
+    """The probe results of `run`, columns as in `PROBES_SCHEMA`, all of checkpoints that the run has.
+
+    Raises:
+        LccpError: results of other checkpoints, or of one with other tokens_seen.
+    """
+    probes = run.probes.collect()
+    listed = run.checkpoints.select(pl.col("name").alias("checkpoint"), known="tokens_seen")
+    beside = probes.select("checkpoint", "tokens_seen").join(listed, on="checkpoint", how="left", maintain_order="left")
+    strangers = beside.filter(pl.col("known").is_null())
+    if strangers.height:
+        raise LccpError(
+            f"{run.path / 'probes'} has scores of {named(strangers['checkpoint'].unique().sort().to_list())} "
+            f"({strangers.height} rows), which the run {run.path} does not have; it has "
+            f"{named(listed['checkpoint'].to_list(), 20)}; import them anew with --map THEIRS=OURS"
+        )
+    other = beside.filter(pl.col("tokens_seen") != pl.col("known")).unique(maintain_order=True)
+    if other.height:
+        name, theirs, ours = other.row(0)
+        more = f" (and {other.height - 1} more checkpoints alike)" if other.height > 1 else ""
+        raise LccpError(
+            f"{run.path / 'probes'} has {name} at {theirs} tokens_seen, {run.path / 'run.json'} at {ours}{more}; mend "
+            "the wrong one"
+        )
+    return probes
+
+
+def warn_of_twins(run: Run, names: Sequence[str]) -> None:
+    """Warn of checkpoints among `names` with the same weights: they are kept, and are no further evidence."""
+    hashed = run.checkpoints.filter(pl.col("name").is_in(names), pl.col("hash").is_not_null(), pl.col("hash") != "")
+    for twins in hashed.group_by("hash", maintain_order=True).agg("name")["name"]:
+        if len(twins) > 1:
+            warnings.warn(
+                f"checkpoints {named(twins.to_list())} of {run.path} hold identical weights: they count as "
+                f"{len(twins)} points and are one",
+                stacklevel=1,
+            )
+
+
+def named(names: Sequence[str], most: int = 8) -> str:
+    """The names in a row, of many only the first.
+
+    Example:
+        >>> named(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass(frozen=True)
@@ -149,25 +231,21 @@ def head_values(
     Raises:
         LccpError: unknown metric, length or mode (the known ones are listed), or nothing scored at that length.
     """
-    known = run.scores.select(pl.col("metric").unique()).collect()["metric"].sort().to_list()
+    known = run.collect(run.scores.select(pl.col("metric").unique()))["metric"].sort().to_list()
     metric = choose("metric", metric, known, str(run.path))
     mode = choose_mode(run, mode)
     length = choose_length(run, length)
     cases = niah_cases(run).filter(pl.col("length") == length)
-    long = (
+    long = run.collect(
         run.scores.filter(
             pl.col("metric").is_in([metric, metric + NULL_SUFFIX]),
             pl.col("mode") == mode,
             pl.col("case_id").is_in(cases["case_id"].implode()),
-        )
-        .select("checkpoint", "case_id", "layer", "head", "value", is_null=pl.col("metric") != metric)
-        .collect()
+        ).select("checkpoint", "case_id", "layer", "head", "value", is_null=pl.col("metric") != metric)
     )
     if long.is_empty():
         raise LccpError(f"run {run.path} has no {metric} scores at {length} tokens in mode {mode} yet; finish scoring")
-    checkpoints = run.checkpoints.select(pl.col("name").alias("checkpoint"), "tokens_seen", "stage").filter(
-        pl.col("checkpoint").is_in(long["checkpoint"].unique().implode())
-    )
+    checkpoints = _entered(run, long.group_by("checkpoint").len(), "scores")
     heads = long.select("layer", "head").unique().sort("layer", "head")
     indexed = (
         long.join(checkpoints.select("checkpoint").with_row_index("i"), on="checkpoint")
@@ -177,5 +255,21 @@ def head_values(
     both = np.full((2, checkpoints.height, cases.height, heads.height), np.nan, np.float32)
     at = [indexed[axis].to_numpy() for axis in ("is_null", "i", "j", "k")]
     both[at[0].astype(np.int64), at[1], at[2], at[3]] = indexed["value"].to_numpy()
+    # One infinite value would make a mean of everything; it counts as undefined.
+    both[np.isinf(both)] = np.nan
     clusters = np.unique(cases["cluster"].to_numpy(), return_inverse=True)[1]
     return HeadValues(metric, length, mode, checkpoints, heads.to_numpy().astype(np.int64), clusters, *both)
+
+
+def with_outcomes(run: Run, found: HeadValues) -> HeadValues:
+    """`found` without checkpoints that hold head scores and no outcomes, with a warning that names them."""
+    scored = scored_checkpoints(run, found.mode)["checkpoint"].to_list()
+    names = found.checkpoints["checkpoint"].to_list()
+    lone = [name for name in names if name not in scored]
+    if not lone:
+        return found
+    warnings.warn(
+        f"{named(lone)} of {run.path} hold head scores but no outcomes: left out; finish scoring them", stacklevel=1
+    )
+    kept = [row for row, name in enumerate(names) if name in scored]
+    return replace(found, checkpoints=found.checkpoints[kept], values=found.values[kept], null=found.null[kept])

@@ -8,7 +8,6 @@ computes no statistic of two series. Cost: the tables of heads and outcomes, onc
 from __future__ import annotations
 
 import itertools
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from lccp_interp.dynamics.heads import census, score_table
 from lccp_interp.dynamics.outcomes import outcome_table
-from lccp_interp.dynamics.selection import choose, choose_length, choose_mode
+from lccp_interp.dynamics.selection import choose, choose_length, choose_mode, named, run_probes, warn_of_twins
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run
 
@@ -141,7 +140,7 @@ def _ordered(tables: dict[str, pl.DataFrame]) -> pl.DataFrame:
     for column, other in (("checkpoint", "token counts"), ("tokens_seen", "checkpoints")):
         shared = order.filter(pl.col(column).is_duplicated())
         if shared.height:
-            rows = ", ".join(f"{name} at {tokens}" for name, tokens in shared.rows())
+            rows = named([f"{name} at {tokens}" for name, tokens in shared.rows()])
             raise LccpError(f"one {column} with several {other}: {rows}; mend the tokens_seen of these checkpoints")
     negative = order.filter(pl.col("tokens_seen") < 0)
     if negative.height:
@@ -156,7 +155,7 @@ def _refuse_gaps(tables: dict[str, pl.DataFrame], order: pl.DataFrame) -> None:
     names = order["checkpoint"].to_list()
     if len({frozenset(checkpoints) for checkpoints in held.values()}) > 1:
         listed = "; ".join(
-            f"{what} have {', '.join(name for name in names if name in checkpoints)}"
+            f"{what} have {named([name for name in names if name in checkpoints])}"
             for what, checkpoints in held.items()
         )
         raise LccpError(f"checkpoints do not match: {listed}; rename them, or use the common ones with --common")
@@ -165,8 +164,8 @@ def _refuse_gaps(tables: dict[str, pl.DataFrame], order: pl.DataFrame) -> None:
             lacking = [checkpoint for checkpoint in names if checkpoint not in set(rows["checkpoint"])]
             if lacking:
                 raise LccpError(
-                    f"checkpoints do not match: {name[0]} of the {what} lacks {', '.join(lacking)} of "
-                    f"{', '.join(names)}; add them, or use the common ones with --common"
+                    f"checkpoints do not match: {name[0]} of the {what} lacks {named(lacking)} of "
+                    f"{named(names)}; add them, or use the common ones with --common"
                 )
 
 
@@ -233,7 +232,7 @@ def run_series(
     over_heads = scores.group_by("checkpoint", "tokens_seen").agg(
         mean_retrieval_score=pl.col("score").fill_nan(None).mean()
     )
-    _warn_of_twins(run, outcomes["checkpoint"].to_list())
+    warn_of_twins(run, outcomes["checkpoint"].to_list())
     cheap = pl.concat(
         [
             _melted(outcomes, ("niah_score", "answer_ppl")),
@@ -241,7 +240,7 @@ def run_series(
             _melted(over_heads, ("mean_retrieval_score",)),
         ]
     )
-    probes = probe_series(run.probes.collect())
+    probes = probe_series(run_probes(run))
     if stage is None:
         return cheap, probes
     tokens = _tokens_of_stage(run, stage)
@@ -287,15 +286,3 @@ def _melted(table: pl.DataFrame, columns: tuple[str, ...]) -> pl.DataFrame:
         .sort("tokens_seen", maintain_order=True)
         .sort(pl.col("name").replace_strict({column: i for i, column in enumerate(columns)}), maintain_order=True)
     )
-
-
-def _warn_of_twins(run: Run, names: list[str]) -> None:
-    """Say which checkpoints have the same weights."""
-    hashed = run.checkpoints.filter(pl.col("name").is_in(names), pl.col("hash").is_not_null())
-    for (_,), twins in hashed.group_by("hash", maintain_order=True):
-        if twins.height > 1:
-            warnings.warn(
-                f"checkpoints {', '.join(twins['name'])} of {run.path} have identical weights: "
-                f"they count as {twins.height} points and are one",
-                stacklevel=3,
-            )

@@ -24,6 +24,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.correlation import METHODS, MIN_N, TRANSFORMS, embedded, rounded, transformed
+from lccp_interp.dynamics.outcomes import case_measures, dense_measures
 from lccp_interp.dynamics.published import SFT_PROBE_EPOCHS, SFT_PROBE_TOKENS
 from lccp_interp.dynamics.resampling import mean_defined
 from lccp_interp.dynamics.selection import (
@@ -34,6 +35,7 @@ from lccp_interp.dynamics.selection import (
     head_values,
     niah_cases,
     scored_checkpoints,
+    with_outcomes,
 )
 from lccp_interp.dynamics.series import log_of_tokens
 from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
@@ -173,33 +175,18 @@ class _Study:
 
     @cached_property
     def outcomes(self) -> pl.DataFrame:
-        return (
-            self.run.outcomes.filter(pl.col("mode") == self.mode)
-            .select(
-                "checkpoint",
-                "case_id",
-                "answer_ppl",
-                loss_nats=pl.col("answer_loss_nats").list.mean().cast(pl.Float64),
-                niah_score=pl.col("greedy_exact").cast(pl.Float64) * 100,
-            )
-            .collect()
-        )
+        return case_measures(self.run, self.mode)
 
     def outcome_values(self, measure: str, length: int) -> Array:
         """`[case, checkpoint]`, NaN where there is none."""
         cases = self.cases.filter(pl.col("length") == length)
-        indexed = self.outcomes.join(self.checkpoints.select("checkpoint").with_row_index("i"), on="checkpoint").join(
-            cases.select("case_id").with_row_index("j"), on="case_id"
-        )
-        values = np.full((cases.height, self.checkpoints.height), np.nan)
-        found = indexed[measure].fill_null(float("nan")).to_numpy()
-        values[indexed["j"].to_numpy(), indexed["i"].to_numpy()] = found
-        return values
+        return dense_measures(self.outcomes, self.checkpoints, cases, (measure,))[measure].T
 
     def head_values(self, length: int) -> NDArray[np.float32]:
         """`[case, checkpoint, head]`, heads in order of layer and head; NaN where there is none."""
         if length not in self.read:
             found = head_values(self.run, metric=self.metric, length=length, mode=self.mode)
+            found = with_outcomes(self.run, found)
             places = {name: i for i, name in enumerate(self.checkpoints["checkpoint"])}
             _, n_cases, n_heads = found.values.shape
             values = np.full((n_cases, len(places), n_heads), np.nan, np.float32)

@@ -14,7 +14,7 @@ import polars as pl
 from lccp_interp.dynamics.births import events, lives
 from lccp_interp.dynamics.heads import HeadSample, census, head_sample, is_retrieval_head, stability
 from lccp_interp.dynamics.outcomes import outcome_table
-from lccp_interp.dynamics.selection import base_checkpoint, choose_length, choose_mode, niah_cases
+from lccp_interp.dynamics.selection import base_checkpoint, choose_length, choose_mode, niah_cases, with_outcomes
 from lccp_interp.schema import RETRIEVAL_THRESHOLD
 from lccp_interp.store import Run
 
@@ -65,7 +65,8 @@ class RunTables:
     @cached_property
     def sample(self) -> HeadSample:
         """Per-case values and resamples behind `scores`."""
-        return head_sample(self.run, metric=self.metric, length=self.head_length, mode=self.read_mode)
+        sample = head_sample(self.run, metric=self.metric, length=self.head_length, mode=self.read_mode)
+        return HeadSample(with_outcomes(self.run, sample.values), sample.resamples)
 
     @cached_property
     def scores(self) -> pl.DataFrame:

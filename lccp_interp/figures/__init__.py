@@ -37,8 +37,11 @@ FIGURES: dict[str, FigureEntry] = {
     "niah_trajectory": FigureEntry(3, "NIAH score and answer perplexity over training"),
     "head_heatmaps": FigureEntry(4, "Scores of all heads"),
     "retrieval_heads": FigureEntry(5, "Retrieval heads over training"),
+    "saturation_curves": FigureEntry(6, "When each metric saturates"),
     "depth_curves": FigureEntry(7, "Answer perplexity against needle depth"),
     "head_lives": FigureEntry(None, "Births and deaths of retrieval heads"),
+    "cohort_survival": FigureEntry(None, "Survival of the initial heads, and newcomers"),
+    "reference_comparison": FigureEntry(None, "Heads of every checkpoint against the base checkpoint"),
 }
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import polars as pl
+
+from lccp_interp.dynamics.curves import CORPUS_TASK
+from lccp_interp.dynamics.ranking import RBO_P
 from lccp_interp.dynamics.selection import choose
 from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.figures.cohorts import base_comparison, cohort
 from lccp_interp.figures.life_rows import life_rows
+from lccp_interp.figures.saturation_panels import SHARE
 from lccp_interp.figures.style import format_length
 from lccp_interp.store import Run
 
@@ -108,6 +114,57 @@ def _head_lives(tables: RunTables) -> str:
     )
 
 
+def _saturation_curves(tables: RunTables) -> str:
+    resamples = tables.sample.resamples
+    at_length = tables.cases.filter(pl.col("length") == tables.head_length).height
+    units = "pairs of needle and haystack" if resamples.ci_over == "clusters" else "cases"
+    documents = tables.run.cases.filter(pl.col("task") == CORPUS_TASK).height
+    corpus = f" Corpus perplexity: mean over {documents} held-out documents." if documents else ""
+    return (
+        "Each metric against the tokens since the base checkpoint, on a linear axis (left) and a logarithmic one "
+        "(right, the base by itself at the left end). Solid the shape that AICc chooses out of log-linear, exponential "
+        "and power law, named at the right; dashed A log N + B where another one was chosen. "
+        f"The line is where {100 * SHARE:g} % of the fitted gain is made, the shade its 95 % interval, lighter where "
+        "it reaches beyond the last checkpoint. The verdict above each row is a rule's: the intervals, and a "
+        "Mann-Kendall test of the later half of the checkpoints. "
+        f"NIAH score, answer loss and heads at {format_length(tables.head_length)} tokens, "
+        f"{at_length} cases per checkpoint, {_mode(tables)}. Bars: 95 % of resamples of the same cases "
+        f"({resamples.n_units} {units}).{corpus}"
+    )
+
+
+def _cohort_survival(tables: RunTables) -> str:
+    made = cohort(tables)
+    left = f"Left, empty: {made.why_no_curve}."
+    if not made.why_no_curve:
+        left = (
+            f"Left, how many of the {made.n_initial} initial heads (retrieval heads of the base checkpoint "
+            f"{made.base}: {tables.rule}) are retrieval heads at each later checkpoint; a head may fall below the "
+            f"threshold and rise again. {_interval(tables)} Each resample chooses its own initial heads."
+        )
+    return (
+        f"{left} Right, the retrieval heads of each checkpoint ({tables.rule}), initial ones and later ones; their "
+        f"number stands above each bar. {_heads(tables)}"
+    )
+
+
+def _reference_comparison(tables: RunTables) -> str:
+    rows = base_comparison(tables).rows
+    if rows.is_empty():
+        return f"Heads of every checkpoint against the base checkpoint. {_heads(tables)}"
+    own = rows.filter(pl.col("checkpoint") == pl.col("reference"))
+    ties = ""
+    if own.height and own["overlap"][0] < 1:
+        ties = f" Ties count for their chance, so the base has {100 * own['overlap'][0]:.0f} % with itself."
+    top_k, n_heads = (max(rows[name].drop_nulls(), default=0) for name in ("top_k", "n_heads"))
+    return (
+        f"Heads of every checkpoint against those of the base checkpoint {rows['reference'][0]}: share of the top "
+        f"{top_k} of {n_heads} heads that are in both lists, Jaccard index of the two sets of retrieval heads "
+        f"({tables.rule}; undefined where neither has any), rank-biased overlap (p = {RBO_P:g}), Spearman's rho of "
+        f"all heads. Dashed: expected of unrelated lists.{ties} {_heads(tables)}"
+    )
+
+
 _WRITERS = {
     "ppl_heatmaps": _ppl_heatmaps,
     "niah_trajectory": _niah_trajectory,
@@ -115,4 +172,7 @@ _WRITERS = {
     "retrieval_heads": _retrieval_heads,
     "depth_curves": _depth_curves,
     "head_lives": _head_lives,
+    "saturation_curves": _saturation_curves,
+    "cohort_survival": _cohort_survival,
+    "reference_comparison": _reference_comparison,
 }

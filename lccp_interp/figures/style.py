@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from lccp_interp.dynamics.saturation import format_tokens
 from lccp_interp.schema import LccpError
 
 Item = TypeVar("Item")
@@ -52,19 +53,6 @@ def stage_name(stage: str) -> str:
         ('LCCP', 'cooldown')
     """
     return STAGE_NAMES.get(stage, stage)
-
-
-def format_tokens(tokens: float) -> str:
-    """A number of tokens in K, M, B or T, three significant digits.
-
-    Example:
-        >>> format_tokens(4_800_000), format_tokens(0), format_tokens(200e9), format_tokens(1024)
-        ('4.8M', '0', '200B', '1.02K')
-    """
-    for power, unit in ((12, "T"), (9, "B"), (6, "M"), (3, "K")):
-        if abs(tokens) >= 0.9995 * 10**power:
-            return f"{tokens / 10**power:.3g}{unit}"
-    return f"{tokens:.3g}"
 
 
 def format_length(length: int) -> str:

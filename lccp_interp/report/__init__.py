@@ -1,14 +1,14 @@
 """A run as one self-contained HTML page: findings in words first, then figures, tables and provenance.
 
 The page needs no network and no other file; it is meant to be mailed, printed and read on a phone. This module
-arranges; statistics are in `lccp_interp.dynamics`, pictures in `lccp_interp.figures.interactive`. Cost: about a second
-beside the tables, and 5 MB of plotly.js in every report.
+arranges; statistics are in `lccp_interp.dynamics`, pictures in `lccp_interp.figures.interactive`. Cost: about three
+seconds, most of them fits and plotly, and 5 MB of plotly.js in every report.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,16 @@ from lccp_interp.figures.style import (
     place_in_training,
     stage_name,
 )
+from lccp_interp.report.drawn import drawn
 from lccp_interp.report.findings import NEAR_FINAL, Finding, cautions, findings, near_final
+from lccp_interp.report.heads import comparison_section, groups_section, stability_section, survival_section
 from lccp_interp.report.levels import correlation_section, saturation_section
-from lccp_interp.report.page import escape, figure_block, page, prose, table
+from lccp_interp.report.page import escape, page, prose, table
 from lccp_interp.store import Run, replacing
 
 __all__ = ["Finding", "findings", "write_report"]
 
-PUBLISHED_STABILITY = (
-    ("0B", "20B", 24, 0.7316),
-    ("20B", "50B", 29, 0.9238),
-    ("50B", "100B", 28, 0.9164),
-    ("100B", "150B", 28, 0.8808),
-    ("150B", "200B", 28, 0.8921),
-)
-"""arXiv 2604.02650, Table 5: Hunyuan-A13B, overlap of the top 30 of 1024 heads and Spearman of all scores."""
-
 ORDER = ("niah_trajectory", "head_lives", "retrieval_heads", "head_heatmaps", "ppl_heatmaps", "depth_curves")
-MIN_WIDTH_PX = {"ppl_heatmaps": 640, "head_heatmaps": 640, "depth_curves": 640, "head_lives": 600}
 
 
 def write_report(run: Run, out: str | Path | None = None, *, length: int | None = None) -> Path:
@@ -63,13 +55,7 @@ def write_report(run: Run, out: str | Path | None = None, *, length: int | None 
     """
     path = run.path / "report.html" if out is None else Path(out)
     tables = RunTables(run, length)
-    body = "\n".join(
-        section(tables)
-        for section in (
-            _head, _findings, _figures, _lives, _checkpoints, saturation_section, correlation_section, _stability,
-            _provenance,
-        )
-    )  # fmt: skip
+    body = "\n".join([_head(tables), *(section(tables) for section, _, _ in SECTIONS)])
     text = page(f"Retrieval heads over training: {run.path.resolve().name}", body)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -86,12 +72,7 @@ def _head(tables: RunTables) -> str:
         f"needle-in-a-haystack cases per checkpoint, lengths {lengths} tokens · heads are read with the metric "
         f"{tables.metric} at {format_length(tables.head_length)} tokens"
     )
-    links = ("findings", "figures", "lives", "checkpoints", "saturation", "correlation", "stability", "provenance")
-    names = (
-        *("Findings", "Figures", "Births and deaths", "Checkpoints", "Saturation", "What goes together", "Stability"),
-        "Provenance",
-    )
-    nav = "".join(f'<a href="#{link}">{name}</a>' for link, name in zip(links, names, strict=True))
+    nav = "".join(f'<a href="#{link}">{name}</a>' for _, link, name in SECTIONS)
     return (
         f"<h1>Retrieval heads over training: {escape(tables.run.path.resolve().name)}</h1>"
         f'<p class="meta">{escape(meta)}</p><nav>{nav}</nav>'
@@ -133,19 +114,7 @@ def _findings(tables: RunTables) -> str:
 
 
 def _figures(tables: RunTables) -> str:
-    from lccp_interp.figures import FIGURES, caption, interactive
-
-    blocks = []
-    for name in ORDER:
-        entry = FIGURES[name]
-        number = "" if entry.paper_figure is None else f" (as Figure {entry.paper_figure} of the paper)"
-        figure = getattr(interactive, name)(tables)
-        blocks.append(
-            figure_block(
-                name, entry.title + number, figure, caption(name, tables), min_width_px=MIN_WIDTH_PX.get(name, 330)
-            )
-        )
-    return '<h2 id="figures">Figures</h2>' + "".join(blocks)
+    return '<h2 id="figures">Figures</h2>' + "".join(drawn(tables, name) for name in ORDER)
 
 
 def _place(tables: RunTables, tokens: int) -> str:
@@ -248,34 +217,6 @@ def _checkpoints(tables: RunTables) -> str:
     )
 
 
-def _stability(tables: RunTables) -> str:
-    rows = [
-        (
-            row["from_checkpoint"],
-            row["to_checkpoint"],
-            f"{row['overlap']:.3g}/{row['top_k']}",
-            f"{row['overlap'] / row['top_k']:.2f}",
-            f"{row['overlap_by_chance'] / row['top_k']:.2f}",
-            format_number(row["spearman"]),
-            row["n_heads"],
-        )
-        for row in tables.stability.iter_rows(named=True)
-    ]
-    published = [
-        (start, end, f"{overlap}/30", f"{overlap / 30:.2f}", f"{30 / 1024:.2f}", f"{rho:.4f}", 1024)
-        for start, end, overlap, rho in PUBLISHED_STABILITY
-    ]
-    columns = ("from", "to", "top heads in common", "share", "share by chance", "Spearman of all heads", "heads")
-    title = "Published, for orientation: Hunyuan-A13B, arXiv 2604.02650, Table 5 (another model, other token counts)"
-    return (
-        '<h2 id="stability">Stability of the ranking</h2><p class="note">Each checkpoint against the next. The '
-        "number of top heads compared is a quarter of all, at most the paper's 30. Where few heads score at all, the "
-        "lower part of the ranking is noise: Spearman's rho is low for that reason. Of heads with equal scores (often "
-        "0) at the end of a top list each counts for its chance to be in it.</p>"
-        + table(columns, rows, text_columns=(0, 1), appended=(title, published))
-    )
-
-
 def _provenance(tables: RunTables) -> str:
     manifest = tables.run.manifest
     versions = manifest.get("versions", {})
@@ -315,3 +256,19 @@ def _seeds(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _seeds(value, f"{prefix}{key}.")
         elif "seed" in key:
             yield f"{prefix}{key}", value
+
+
+SECTIONS: tuple[tuple[Callable[[RunTables], str], str, str], ...] = (
+    (_findings, "findings", "Findings"),
+    (_figures, "figures", "Figures"),
+    (_lives, "lives", "Births and deaths"),
+    (survival_section, "survival", "Survival"),
+    (_checkpoints, "checkpoints", "Checkpoints"),
+    (saturation_section, "saturation", "Saturation"),
+    (correlation_section, "correlation", "What goes together"),
+    (comparison_section, "comparison", "Comparisons"),
+    (groups_section, "groups", "Key/value heads"),
+    (stability_section, "stability", "Stability"),
+    (_provenance, "provenance", "Provenance"),
+)
+"""The page in order: what makes a section, its anchor, its name in the navigation."""

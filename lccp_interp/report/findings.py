@@ -50,6 +50,7 @@ def findings(tables: RunTables) -> list[Finding]:
     made = [
         _count(tables),
         _births_and_deaths(tables),
+        _survival(tables),
         _strongest(tables),
         _score_against_ppl(tables),
         _saturation(tables),
@@ -195,6 +196,25 @@ def _between(tables: RunTables, after: int, until: int) -> str:
         if early[1] == late[1]
         else f"between {' '.join(early)} and {' '.join(late)}"
     )
+
+
+def _survival(tables: RunTables) -> Finding | None:
+    base, last = _ends(tables)
+    if base == last:
+        return None
+    row = tables.census.filter(pl.col("checkpoint") == last).row(0, named=True)
+    alive, initial, total, later = (row[f"n_{name}"] for name in ("from_base", "initial", "retrieval_heads", "newborn"))
+    stages = tables.scored["stage"].unique(maintain_order=True).to_list()
+    when_born = f"in {stage_name(stages[-1])}" if len(stages) > 1 else "since then"
+    if initial:
+        text = f"Of the {_plural(initial, 'initial head')} {alive} {_is_are(alive)} alive at the end"
+    else:
+        text = f"The base checkpoint {base} has no retrieval head, so there is no initial head to survive"
+    if total:
+        text += f"; {later} of the {_plural(total, 'retrieval head')} at the end became so {when_born}"
+    elif initial:
+        text += "; there is no retrieval head at the end"
+    return Finding("Survival", f"{text}.")
 
 
 def _strongest(tables: RunTables) -> Finding | None:

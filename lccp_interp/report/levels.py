@@ -12,12 +12,13 @@ from typing import Any
 
 import polars as pl
 
-from lccp_interp.dynamics.correlation import correlate
+from lccp_interp.dynamics.correlation import correlate, paper_layout
 from lccp_interp.dynamics.published import published_correlations
 from lccp_interp.dynamics.saturation import saturation_records, title
 from lccp_interp.dynamics.series import IMPORT_HINT, run_series
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.style import format_length, format_number, format_tokens
+from lccp_interp.report.drawn import drawn, reason
 from lccp_interp.report.page import escape, table
 from lccp_interp.schema import LccpError
 
@@ -32,10 +33,10 @@ def saturation_section(tables: RunTables) -> str:
             warnings.simplefilter("ignore", UserWarning)  # few checkpoints: the verdict says so
             records = saturation_records(tables.run, length=tables.head_length, share=SHARE, mode=tables.read_mode)
     except LccpError as error:
-        return f'{heading}<p class="note">{escape(error)}</p>'
+        return heading + reason(tables.run, error)
     rows = [
         (
-            title(record),
+            _short_title(record),
             record["n"],
             _number(record["from"]),
             _number(record["to"]),
@@ -51,11 +52,12 @@ def saturation_section(tables: RunTables) -> str:
         f"<li>{escape(title(record))}: {escape(record['verdict'])}; {escape(record['reason'])}</li>"
         for record in records
     )
-    columns = ("metric", "checkpoints", "from", "to", "curve", f"tokens at {100 * SHARE:g} %", "95 % interval")
+    columns = ("metric", "n", "from", "to", "curve", f"tokens at {100 * SHARE:g} %", "95 % interval")
     return (
         f'{heading}<p class="note">Over the tokens since the base checkpoint. Log-linear, exponential and power-law '
-        "curves are fitted, AICc chooses; beside the point stands a Mann-Kendall test of the last half of the "
-        "checkpoints, n of them.</p>"
+        "curves are fitted, AICc chooses; beside the point stands a Mann-Kendall test of the later half of the "
+        "n checkpoints that have a value.</p>"
+        + drawn(tables, "saturation_curves")
         + table((*columns, "trend p", "verdict"), rows, text_columns=(0, 4, 6, 8))
         + f'<ul class="note">{reasons}</ul>'
     )
@@ -67,10 +69,13 @@ def correlation_section(tables: RunTables) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # identical weights are told by the command
-            cheap, found = run_series(tables.run, length=tables.head_length)
-            made = correlate(cheap, None if found.is_empty() else found)
+            cheap, found = run_series(
+                tables.run, length=tables.head_length, metric=tables.metric, mode=tables.read_mode
+            )
+            # Benchmarks are dear: often only some checkpoints have them, and n says how many.
+            made = correlate(cheap, None if found.is_empty() else found, common=True)
     except LccpError as error:
-        return f'{heading}<p class="note">{escape(error)}</p>'
+        return heading + reason(tables.run, error)
     rows = [
         (
             row["cheap"],
@@ -91,7 +96,33 @@ def correlation_section(tables: RunTables) -> str:
         "correlate in their levels; differences and residuals of the trend in log tokens ask for more. p by "
         f"permutation, q after Benjamini-Hochberg over the table.{escape(missing) if found.is_empty() else ''}</p>"
         + table(columns, rows, text_columns=(0, 1, 2, 5), appended=_published())
+        + ("" if found.is_empty() else _in_paper_layout(tables, made))
     )
+
+
+def _in_paper_layout(tables: RunTables, made: pl.DataFrame) -> str:
+    """The paper's Tables 3, 4, 6 and 7 with this run's numbers, where it has probes of those benchmarks."""
+    heading = "<h3>In the paper's layout</h3>"
+    try:
+        wide = paper_layout(made)
+    except LccpError as error:
+        return heading + reason(tables.run, error)
+    probes = wide.columns[2:]
+    rows = [
+        (row["cheap"], row["quantity"], *(_cell(row["quantity"], row[name]) for name in probes))
+        for row in wide.iter_rows(named=True)
+    ]
+    return (
+        f'{heading}<p class="note">Pearson r of the levels, p of the t test, as arXiv 2604.02650, Tables 3, 4, 6 and 7 '
+        "(Hunyuan-A13B, six checkpoints). Its probes are run after light fine-tuning, at 32K to 64K tokens.</p>"
+        + table(("metric", "", *probes), rows, text_columns=(0, 1))
+    )
+
+
+def _cell(quantity: str, value: float | None) -> str | None:
+    if value is None or math.isnan(value):
+        return None
+    return f"{value:.0f}" if quantity == "n" else f"{value:.4f}"
 
 
 def _published() -> tuple[str, list[tuple[Any, ...]]]:
@@ -100,6 +131,12 @@ def _published() -> tuple[str, list[tuple[Any, ...]]]:
         for row in published_correlations().iter_rows(named=True)
     ]
     return "Published, for orientation: Hunyuan-A13B, arXiv 2604.02650, Tables 3, 4, 6 and 7", rows
+
+
+def _short_title(record: dict[str, Any]) -> str:
+    """The metric, its length and depth: the table has no room for a sentence."""
+    depth = "" if record["depth_fraction"] is None else f", depth {100 * record['depth_fraction']:.4g} %"
+    return record["metric"] + ("" if record["length"] is None else f", {format_length(record['length'])}") + depth
 
 
 def _number(value: float | None) -> str:

@@ -30,6 +30,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.0
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.8rem 0 .7rem; padding-top: .9rem;
   border-top: 1px solid var(--line); }
 h3 { font-size: 1.02rem; margin: 2rem 0 .3rem; }
+h4 { font-size: .92rem; margin: 1.3rem 0 .2rem; overflow-wrap: anywhere; }
 p, li, dd { max-width: 46rem; overflow-wrap: break-word; }
 .meta, figcaption, .note { color: var(--muted); font-size: .875rem; line-height: 1.5; }
 .meta { margin: 0 0 1rem; }

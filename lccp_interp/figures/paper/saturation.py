@@ -1,0 +1,135 @@
+"""Saturation on paper: each metric with its fitted curve, the 95 % point, the verdict (arXiv 2604.02650, Figure 6)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from lccp_interp.dynamics.curves import HEAD_COUNT
+from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.figures import style
+from lccp_interp.figures.paper.canvas import DOUBLE_COLUMN_INCHES, RC, canvas
+from lccp_interp.figures.saturation_panels import (
+    VERDICT_COLOURS,
+    SaturationPanel,
+    SinceBaseAxis,
+    saturation_panels,
+)
+from lccp_interp.store import Run
+
+BAND: Any = {"color": "#d7ecdf", "linewidth": 0, "zorder": 0}
+OPEN_BAND: Any = BAND | {"color": "#edf6f0"}
+CHOSEN: Any = {"color": style.COLOURS["niah_score"], "linewidth": 1.3, "zorder": 3}
+LOG_LINE: Any = {"color": style.COLOURS["answer_ppl"], "linewidth": 1.0, "linestyle": (0, (4, 1.6)), "zorder": 2.5}
+POINT: Any = {"color": style.COLOURS["initial_mean"], "linewidth": 0.9, "zorder": 2}
+
+
+def saturation_curves(run: Run | RunTables) -> Figure:
+    """Metrics against tokens since the base, linear (left) and logarithmic (right), with what was fitted to them.
+
+    The rule behind the verdicts stands in `lccp_interp.dynamics.saturation`.
+
+    Example:
+        >>> save(saturation_curves(Run.open("runs/demo")), "figure6.pdf")   # doctest: +SKIP
+    """
+    panels = saturation_panels(RunTables.of(run))
+    with mpl.rc_context(RC):
+        # A metric without a value needs room for a sentence only.
+        heights = [1.0 if panel.values.size else 0.3 for panel in panels]
+        figure = canvas(DOUBLE_COLUMN_INCHES, 0.55 + 1.3 * sum(heights))
+        grid = figure.subplots(
+            len(panels), 2, squeeze=False, sharex="col", sharey="row", gridspec_kw={"height_ratios": heights}
+        )
+        tokens = np.concatenate([panel.tokens for panel in panels])
+        for column, is_log in enumerate((False, True)):
+            scale = SinceBaseAxis(tokens, is_log)
+            for panel, axis in zip(panels, grid[:, column], strict=True):
+                _draw_panel(axis, panel, scale)
+            grid[-1, column].set_xlabel(f"tokens since the base checkpoint{' (logarithmic)' if is_log else ''}")
+        for panel, axis in zip(panels, grid[:, 0], strict=True):
+            axis.set_ylabel(panel.label if panel.values.size else "")
+            title = f"{panel.verdict}: {panel.note}" if panel.values.size else panel.verdict
+            axis.set_title(title, loc="left", color=VERDICT_COLOURS[panel.verdict], fontsize=6.8, pad=3)
+        for panel, axis in zip(panels, grid[:, 1], strict=True):
+            model = panel.fits[0][0] if panel.fits else ""
+            axis.set_title(model, loc="right", color=CHOSEN["color"], fontsize=6.5, pad=3)
+        figure.align_ylabels(grid[:, 0])
+        figure.legend(handles=_legend(panels), loc="outside lower center", ncols=5, handlelength=1.8, columnspacing=1.2)
+    return figure
+
+
+def _draw_panel(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> None:
+    at, text = scale.ticks
+    axis.set_xticks(at, text)
+    axis.set_xlim(*scale.limits)
+    if not panel.values.size:
+        _say_why(axis, panel, scale)
+        return
+    if scale.gap is not None:
+        axis.text(
+            scale.gap, 0, "//", transform=axis.get_xaxis_transform(), ha="center", va="center", fontsize=6,
+            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
+        )  # fmt: skip
+    axis.yaxis.set_major_locator(MaxNLocator(4, integer=panel.metric == HEAD_COUNT))
+    if panel.interval is not None:
+        low, high = panel.interval
+        axis.axvspan(scale.clip(low), scale.clip(high), **(OPEN_BAND if math.isinf(high) else BAND))
+    if np.isfinite(panel.point):
+        axis.axvline(scale.clip(panel.point), **POINT)
+    x = scale.at(panel.drawn_tokens)
+    inside = panel.drawn_tokens > 0 if scale.is_log else np.full(len(x), True)
+    for i, (_, y) in enumerate(panel.fits):
+        axis.plot(x[inside], y[inside], **(CHOSEN if i == 0 else LOG_LINE))
+    _draw_points(axis, panel, scale)
+    _limit(axis, panel)
+
+
+def _say_why(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> None:
+    """The reason across both columns of an undefined metric."""
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.patch.set_visible(False)
+    if not scale.is_log:
+        what = f"{panel.label.replace(chr(10), ' ')}: n/a, {panel.reason}"
+        text = axis.text(0, 0.4, what, transform=axis.transAxes, fontsize=6.5, color=style.MUTED)
+        text.set_in_layout(False)  # it would widen its column
+
+
+def _draw_points(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> None:
+    places = scale.at(panel.tokens)
+    axis.vlines(places, panel.low, panel.high, color=style.INK, linewidth=0.7, zorder=3.5)
+    base = panel.tokens == 0
+    dot: Any = {"linestyle": "", "marker": "o", "markersize": 3, "markeredgewidth": 0.7, "color": style.INK}
+    axis.plot(places[~base], panel.values[~base], zorder=4, **dot)
+    axis.plot(places[base], panel.values[base], zorder=4, markerfacecolor="white", **dot)
+
+
+def _limit(axis: Axes, panel: SaturationPanel) -> None:
+    """Limits from the points: a line that says nothing about the first tokens must not flatten them."""
+    ends = np.concatenate([panel.values, panel.low, panel.high])
+    low, high = float(np.nanmin(ends)), float(np.nanmax(ends))
+    margin = 0.08 * (high - low) or max(abs(high), 1.0) * 0.1
+    axis.set_ylim(low - margin, high + margin)
+
+
+def _legend(panels: list[SaturationPanel]) -> list[Any]:
+    measured: Any = {"linestyle": "", "marker": "o", "color": style.INK, "markersize": 3}
+    handles: list[Any] = [
+        Line2D([], [], label="measured, 95 % interval", **measured),
+        Line2D([], [], label="base", markerfacecolor="white", **measured),
+    ]
+    if any(panel.fits for panel in panels):
+        handles.append(Line2D([], [], label="chosen curve", **CHOSEN))
+    if any(len(panel.fits) > 1 for panel in panels):
+        handles.append(Line2D([], [], label="A log N + B", **LOG_LINE))
+    if any(panel.interval for panel in panels):
+        handles.append(Patch(label="95 % point, interval", facecolor=BAND["color"], edgecolor=POINT["color"]))
+    return handles
