@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from lccp_interp.checkpoints import find_checkpoints, read_config, refuse_ambiguous, tokenizer_hash
 from lccp_interp.schema import Case, CaseResult, Checkpoint, LccpError, Needle
-from lccp_interp.store import Run, RunWriter, result_frames
+from lccp_interp.store import Run, RunWriter, cases_from_frame, result_frames
 from lccp_interp.tasks.decoys import N_DECOYS
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
     from lccp_interp.scoring.metrics import HeadMetric
-    from lccp_interp.tasks.niah import NiahGrid
+    from lccp_interp.tasks.grids import CaseGrid
 
 CASES_PER_SHARD = 64
 """Cases per unit of work: what an interruption can cost at most."""
@@ -83,6 +83,7 @@ def score(
     needles: Sequence[Needle] | None = None,
     haystack: str | None = None,
     prompt: str | None = None,
+    chat: bool = False,
     metrics: Sequence[str] = DEFAULT_METRICS,
     mode: str = "teacher_forced",
     seed: int = 0,
@@ -94,7 +95,7 @@ def score(
     self_check: bool = True,
     progress: Progress | None = None,
 ) -> Run:
-    """Score the heads of every checkpoint on one grid of needle-in-a-haystack cases.
+    """Score the heads of every checkpoint on one grid of needle-in-a-haystack cases (other tasks: `score_grid`).
 
     Args:
         checkpoints: folders of checkpoints (or of trajectories), or `Checkpoint`s.
@@ -104,7 +105,8 @@ def score(
         samples: haystacks per needle; in the organism's language, needles and haystacks per length and depth.
         needles: facts to hide; None draws them from the organism's language.
         haystack: text to hide them in; None writes it in the organism's language.
-        prompt: template with `{context}` and `{question}`; None for the paper's form.
+        prompt: `paper`, `wu`, or a template with `{context}` and `{question}`; None for the paper's form.
+        chat: whether prompts stand in the tokenizer's chat template.
         metrics: names out of `lccp_interp.scoring.metrics.METRICS`.
         mode: `teacher_forced` (arXiv 2604.02650) or `generate` (arXiv 2404.15574: greedy decoding, ROUGE-1 gate).
         seed: of needles, haystacks and their order.
@@ -135,10 +137,11 @@ def score(
         haystack=haystack,
         prompt=PAPER_PROMPT if prompt is None else prompt,
         seed=seed,
+        chat=chat,
     )
     execution = Execution(device, device_map, sharing, chunk_tokens, self_check)
     return score_grid(
-        _resolve(checkpoints),
+        checkpoints,
         out,
         grid,
         metrics=metrics,
@@ -150,9 +153,9 @@ def score(
 
 
 def score_grid(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkpoint],
     out: str | Path,
-    grid: NiahGrid,
+    grid: CaseGrid,
     *,
     metrics: Sequence[str] = DEFAULT_METRICS,
     mode: str = "teacher_forced",
@@ -160,24 +163,46 @@ def score_grid(
     execution: Execution | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """`score` for a grid that is built already; same rules, same errors."""
+    """Score the heads of every checkpoint on the cases of any grid, such as `NiahGrid` or `InterferenceGrid`.
+
+    Args:
+        checkpoints: as in `score`.
+        out: the run folder, as in `score`.
+        grid: whatever is a `lccp_interp.tasks.grids.CaseGrid`.
+        metrics: as in `score`.
+        mode: as in `score`.
+        dtype: as in `score`.
+        execution: how the work is done; None for the defaults.
+        progress: as in `score`.
+
+    Returns:
+        The run, opened for reading.
+
+    Raises:
+        LccpError: as in `score`.
+
+    Example:
+        >>> grid = InterferenceGrid(distances=(256,), interferences=(0, 1024))            # doctest: +SKIP
+        >>> run = score_grid(bundled_trajectory(), "runs/interference", grid)            # doctest: +SKIP
+    """
     from lccp_interp.capture.model import load_model, load_tokenizer, resolve
     from lccp_interp.capture.prefill import release_memory
     from lccp_interp.scoring.generate import MAX_NEW_TOKENS
     from lccp_interp.scoring.metrics import select_metrics
-    from lccp_interp.tasks.niah import build_cases
 
     if mode not in MODES:
         raise LccpError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    checkpoints = _resolve(checkpoints)
     execution = execution or Execution()
     chosen = select_metrics(metrics)
     report = progress or (lambda done, total, message: None)
     tokenizer_id = _common_tokenizer(checkpoints)
     device, dtype = resolve(execution.device, dtype, checkpoints[0].path)
-    for checkpoint in checkpoints:
-        _check_lengths(checkpoint, max(grid.lengths), MAX_NEW_TOKENS if mode == "generate" else 0)
     report(0, 0, "building cases")
-    cases = build_cases(grid, load_tokenizer(checkpoints[0].path))
+    cases = grid.build(load_tokenizer(checkpoints[0].path))
+    longest = max(case.length for case in cases)
+    for checkpoint in checkpoints:
+        _check_lengths(checkpoint, longest, MAX_NEW_TOKENS if mode == "generate" else 0)
     _check_vocabulary(checkpoints, cases)
     config = {
         **grid.config(),
@@ -191,37 +216,120 @@ def score_grid(
     }
     writer = RunWriter(out, config, cases)
     writer.add_checkpoints(checkpoints)
-    answers = {case.case_id: case.answer_ids for case in cases}
-    shards = [cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases), CASES_PER_SHARD)]
-    units = [_Unit(checkpoint, index, shard) for checkpoint in checkpoints for index, shard in enumerate(shards)]
-    total = sum(unit.n_tokens for unit in units)
-    done = sum(unit.n_tokens for unit in units if writer.is_done(unit.checkpoint.name, unit.shard))
-    report(done, total, "resuming" if done else "starting")
+    work = _Work(writer, cases, chosen, mode, execution, report)
+    work.plan(checkpoints)
     cache_fault: str | None = None
     for checkpoint in checkpoints:
-        open_units = [u for u in units if u.checkpoint is checkpoint and not writer.is_done(checkpoint.name, u.shard)]
-        if not open_units:
+        if not work.open_units(checkpoint):
             continue
-        report(done, total, checkpoint.name)
+        work.tell(checkpoint.name)
         model = load_model(checkpoint.path, device=device, dtype=dtype, device_map=execution.device_map)
         if cache_fault is None:
             cache_fault = _prove(model, writer, execution)
-        model = replace(model, cache_fault=cache_fault)
-        for unit in open_units:
-
-            def advance(n_tokens: int, name: str = checkpoint.name) -> None:
-                nonlocal done
-                done += n_tokens
-                report(done, total, name)
-
-            results = _score(model, unit.cases, chosen, mode, execution, advance)
-            scores, outcomes = result_frames(checkpoint, mode, results, answers)
-            writer.append(checkpoint.name, unit.shard, scores=scores, outcomes=outcomes)
+        work.do(replace(model, cache_fault=cache_fault), checkpoint)
         # Two checkpoints of a large model may not fit side by side.
         del model
         release_memory()
-    report(total, total, "done")
+    work.tell("done", whole=True)
     return Run.open(out)
+
+
+def score_like(
+    run: Run,
+    model: HookedModel,
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    change: str,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Score a model that is loaded already on the very cases of another run, into a run folder of its own.
+
+    For what was made of a checkpoint: fine-tuned, merged, pruned. `dynamics.paired_heads` compares the two runs.
+
+    Args:
+        run: whose cases, metrics and mode are used.
+        model: what to score; its tokenizer must be that of the run.
+        checkpoint: as which checkpoint it is entered, usually one of the run; its hash is not that of `model`.
+        out: the run folder; checkpoints of one change may share it.
+        change: what was done to the checkpoint; part of the study, so that changes never mix.
+        execution: how the work is done (the model stays where it is); None for the defaults.
+        progress: told (tokens done, tokens in all, message).
+
+    Returns:
+        The run at `out`, opened for reading.
+
+    Raises:
+        LccpError: `out` holds another study, or what scoring raises.
+
+    Example:
+        >>> score_like(run, tuned, checkpoint, "runs/demo/sft/heads", change="sft")   # doctest: +SKIP
+    """
+    from lccp_interp.scoring.metrics import select_metrics
+
+    execution = execution or Execution()
+    cases = cases_from_frame(run.cases)
+    mode = str(run.config["mode"])
+    writer = RunWriter(out, {**run.config, "change": change}, cases)
+    writer.add_checkpoints([replace(checkpoint, hash=None)])
+    report = progress or (lambda done, total, message: None)
+    work = _Work(writer, cases, select_metrics(run.config["metrics"]), mode, execution, report)
+    work.plan([checkpoint])
+    if work.open_units(checkpoint):
+        fault = _prove(model, writer, execution)
+        work.do(replace(model, cache_fault=fault), checkpoint)
+    work.tell("done", whole=True)
+    return Run.open(out)
+
+
+class _Work:
+    """The units of a study, how far they are, and how one checkpoint's are done."""
+
+    def __init__(
+        self,
+        writer: RunWriter,
+        cases: Sequence[Case],
+        metrics: dict[str, HeadMetric],
+        mode: str,
+        execution: Execution,
+        report: Progress,
+    ) -> None:
+        self._writer, self._metrics, self._mode = writer, metrics, mode
+        self._execution, self._report = execution, report
+        self._answers = {case.case_id: case.answer_ids for case in cases}
+        self._shards = [cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases), CASES_PER_SHARD)]
+        self._done = self._total = 0
+
+    def _units(self, checkpoint: Checkpoint) -> list[_Unit]:
+        return [_Unit(checkpoint, index, shard) for index, shard in enumerate(self._shards)]
+
+    def open_units(self, checkpoint: Checkpoint) -> list[_Unit]:
+        """What is not done yet."""
+        return [unit for unit in self._units(checkpoint) if not self._writer.is_done(checkpoint.name, unit.shard)]
+
+    def plan(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Count the tokens of all units, and of those that are done."""
+        for checkpoint in checkpoints:
+            self._total += sum(unit.n_tokens for unit in self._units(checkpoint))
+            self._done += sum(unit.n_tokens for unit in self._units(checkpoint))
+            self._done -= sum(unit.n_tokens for unit in self.open_units(checkpoint))
+        self.tell("resuming" if self._done else "starting")
+
+    def tell(self, message: str, *, whole: bool = False) -> None:
+        self._report(self._total if whole else self._done, self._total, message)
+
+    def do(self, model: HookedModel, checkpoint: Checkpoint) -> None:
+        """Score the open units of one checkpoint."""
+
+        def advance(n_tokens: int) -> None:
+            self._done += n_tokens
+            self.tell(checkpoint.name)
+
+        for unit in self.open_units(checkpoint):
+            results = _score(model, unit.cases, self._metrics, self._mode, self._execution, advance)
+            scores, outcomes = result_frames(checkpoint, self._mode, results, self._answers)
+            self._writer.append(checkpoint.name, unit.shard, scores=scores, outcomes=outcomes)
 
 
 def _score(
@@ -307,7 +415,7 @@ def _check_lengths(checkpoint: Checkpoint, longest: int, written: int) -> None:
     if not any(key.startswith("rope") or key == "rotary_pct" for key in config):
         more = f", and {written} more may be written" if written else ""
         raise LccpError(
-            f"checkpoint {checkpoint.name!r} has {limit} learned positions, --lengths asks for {longest} tokens{more}; "
+            f"checkpoint {checkpoint.name!r} has {limit} learned positions, the cases ask for {longest} tokens{more}; "
             f"ask for at most {limit - written}"
         )
     if longest <= limit:

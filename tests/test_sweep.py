@@ -152,7 +152,7 @@ def test_lengths_beyond_the_model(checkpoint, tmp_path):
     with pytest.warns(UserWarning, match=message):
         score(rotary, tmp_path / "run", lengths=[128], depths=[0], samples=1)
     learned = edited(checkpoint, tmp_path / "learned", max_position_embeddings=64, rope_parameters=None)
-    with pytest.raises(LccpError, match="has 64 learned positions, --lengths asks for 128 tokens"):
+    with pytest.raises(LccpError, match="has 64 learned positions, the cases ask for 128 tokens"):
         score(learned, tmp_path / "run2", lengths=[128], depths=[0], samples=1)
     with pytest.raises(LccpError, match="for 60 tokens, and 50 more may be written; ask for at most 14"):
         score(learned, tmp_path / "run2", lengths=[60], depths=[0], samples=1, mode="generate")

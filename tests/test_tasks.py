@@ -13,11 +13,19 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lccp_interp.organism import language
 from lccp_interp.schema import LccpError, Needle, SpanError
-from lccp_interp.tasks.haystack import Haystack, read_haystack, sentences
-from lccp_interp.tasks.niah import PAPER_PROMPT, NiahGrid, build_cases, read_needles
+from lccp_interp.tasks.haystack import Haystack, place_in, read_haystack, sentences
+from lccp_interp.tasks.needles import WU_PROMPT
+from lccp_interp.tasks.niah import NiahGrid, build_cases, read_needles
 from lccp_interp.tasks.pieces import PieceEncoder
+from lccp_interp.tasks.twins import FoldedText, Twins, refuse_twins
 
-WU_PROMPT = "{context}Based on the content of the book, Question: {question}\nAnswer:"
+# Line breaks at the end stand in strings, where Jinja keeps them.
+CHATS = {
+    "tagged": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{{ '<|assistant|>\n' }}",
+    "llama2": "{{ bos_token }}[INST] {{ messages[0].content }} [/INST]",
+    "llama3": "{{ bos_token }}<|start_header_id|>user<|end_header_id|>\n\n{{ messages[0].content }}<|eot_id|>"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+}
 NEEDLES = (
     Needle(
         "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
@@ -44,7 +52,7 @@ def check_spans(cases, needles, tokenizer):
         assert decoded(tokenizer, case.answer_ids).strip() == needle.answer
 
 
-@pytest.mark.parametrize("prompt", [PAPER_PROMPT, WU_PROMPT, "Read this:\n{context}\n\nQ: {question} A: "])
+@pytest.mark.parametrize("prompt", ["paper", "wu", WU_PROMPT, "Read this:\n{context}\n\nQ: {question} A: "])
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
 def test_span_law_on_real_tokenizers_and_essays(name, prompt):
     tokenizer = AutoTokenizer.from_pretrained(external(f"tokenizers/{name}"))
@@ -67,6 +75,25 @@ def test_span_law_on_real_tokenizers_and_essays(name, prompt):
     check_spans(cases, needles, tokenizer)
 
 
+@pytest.mark.parametrize("prompt", ["paper", "wu"])
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_span_law_in_a_chat(name, prompt):
+    tokenizer = AutoTokenizer.from_pretrained(external(f"tokenizers/{name}"))
+    tokenizer.chat_template = CHATS[name]
+    grid = NiahGrid(
+        lengths=(200, 1000), depths=(0, 30, 100), needles=NEEDLES, haystack=TEXT * 2, prompt=prompt, chat=True
+    )
+    cases = build_cases(grid, tokenizer)
+    check_spans(cases, NEEDLES, tokenizer)
+    for case in cases:
+        # The same message, put in its place by the template itself.
+        text = decoded(tokenizer, case.prompt_ids)
+        opening = {"llama2": "[INST] ", "llama3": "<|end_header_id|>\n\n"}[name]
+        message = text.split(opening, 1)[1].split("\nAnswer:")[0] + "\nAnswer:"
+        assert tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False) == text
+        assert case.prompt_ids.count(tokenizer.bos_token_id) == 1
+
+
 @given(seed=st.integers(0, 10**6), length=st.integers(120, 900), depth=st.floats(0, 100))
 @settings(max_examples=25, deadline=None)
 def test_span_law_in_the_bundled_language(tokenizer, seed, length, depth):
@@ -87,6 +114,69 @@ def test_the_prompt_has_the_papers_form(tokenizer):
     assert middle.split("\nThe code")[0][-1] in ".!?"
     assert middle.endswith(tail)
     assert end.endswith("\nThe code of Mara is 4 0 7." + tail)
+
+
+CODE = Needle("The code of Mara is 4 0 7.", "What is the code of Mara?", "4 0 7")
+LAMP = "The lamp fell. A horse crossed the bridge at night! Who saw it? " * 20
+GOLDEN = {
+    ("paper", False): (
+        "The lamp fell. A horse crossed the bridge at night! Who saw it? The lamp fell.\nThe code of Mara is 4 0 7.\n"
+        "A horse crossed the bridge at night! Who saw it? The lamp fell. A horse crossed the bridge at night! Who "
+        "saw it\nQuestion: What is the code of Mara?\nAnswer:",
+        " 4 0 7",
+    ),
+    ("wu", False): (
+        "The lamp fell. A horse crossed the bridge at night! Who saw it? The code of Mara is 4 0 7. The lamp fell. "
+        "A horse crossed the bridge at night! Who saw it? The lamp fell"
+        "Based on the content of the book, Question: What is the code of Mara?\nAnswer:",
+        " 4 0 7",
+    ),
+    ("paper", True): (
+        "<|user|>\nThe lamp fell. A horse crossed the bridge at night!\nThe code of Mara is 4 0 7.\n"
+        "Who saw it? The lamp fell. A horse crossed the bridge at night! Who s\n"
+        "Question: What is the code of Mara?\nAnswer:<|end|>\n<|assistant|>\n",
+        "4 0 7",
+    ),
+    ("wu", True): (
+        "<|user|>\nThe lamp fell. The code of Mara is 4 0 7. A horse crossed the bridge at night! Who saw it? The "
+        "lamp fBased on the content of the book, Question: What is the code of Mara?\nAnswer:<|end|>\n<|assistant|>\n",
+        "4 0 7",
+    ),
+}
+
+
+@pytest.mark.parametrize(("prompt", "chat"), GOLDEN)
+def test_golden_prompts(checkpoint, prompt, chat):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = CHATS["tagged"]
+    grid = NiahGrid(lengths=(110,), depths=(50,), needles=(CODE,), haystack=LAMP, prompt=prompt, chat=chat)
+    (case,) = grid.build(tokenizer)
+    assert (decoded(tokenizer, case.prompt_ids), decoded(tokenizer, case.answer_ids)) == GOLDEN[prompt, chat]
+
+
+def test_between_sentences_the_needle_is_joined_by_blanks_alone(tokenizer):
+    """Taking the needle out again gives the haystack as it was."""
+    grid = NiahGrid(lengths=(300,), depths=(0, 20, 60, 100), needles=(CODE,), haystack=LAMP, prompt="wu")
+    for case in grid.build(tokenizer):
+        text = decoded(tokenizer, case.prompt_ids).split("Based on")[0]
+        needle = decoded(tokenizer, case.prompt_ids[case.needle.start : case.needle.end])
+        assert text.count(needle) == 1
+        assert LAMP.startswith(text.replace(needle, "").lstrip())
+
+
+def test_a_tokenizer_without_a_chat_template(tokenizer):
+    with pytest.raises(LccpError, match="has no chat template; leave out --chat"):
+        NiahGrid(lengths=(300,), chat=True).build(tokenizer)
+
+
+def test_settings_that_came_later_leave_older_configs_as_they_were():
+    old = NiahGrid(lengths=(256,)).config()
+    assert list(old) == ["task", "lengths", "depths", "samples", "needles", "haystack", "prompt", "seed"]
+    assert NiahGrid(lengths=(256,), prompt="paper").config() == old
+    assert NiahGrid(lengths=(256,), chat=True).config() == {**old, "chat": True}
+    between = NiahGrid(lengths=(256,), prompt="wu").config()
+    assert between == {**old, "prompt": WU_PROMPT, "needle_place": "between sentences"}
+    assert NiahGrid(lengths=(256,), prompt=WU_PROMPT).config() == {**old, "prompt": WU_PROMPT}
 
 
 @pytest.mark.parametrize("depth", [3, 10, 30, 61, 90, 99])
@@ -175,8 +265,10 @@ def test_an_answer_that_shares_no_token_with_itself_is_refused():
     """Behind the cue it would be another token than in the needle: every head would score 0 by construction."""
     tokenizer = AutoTokenizer.from_pretrained(external("tokenizers/llama3"))
     needle = Needle("Mara is the queen.", "Who is the queen?", "Mara")
-    with pytest.raises(SpanError, match="'Mara' has no token in common with itself"):
-        build_cases(NiahGrid(lengths=(300,), depths=(0,), needles=(needle,), haystack=TEXT * 2), tokenizer)
+    with pytest.raises(
+        SpanError, match=r"'Mara' has no token in common with itself.*so that there the answer follows a b"
+    ):
+        build_cases(NiahGrid(lengths=(300,), depths=(0,), needles=(needle,), haystack="It rained. " * 300), tokenizer)
 
 
 def test_a_lossy_tokenizer_is_refused_with_the_text(checkpoint):
@@ -191,7 +283,7 @@ def test_a_tokenizer_without_line_breaks_is_refused():
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "best": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
-    with pytest.raises(SpanError, match=r"gives '\\n' no tokens of its own in mid-text"):
+    with pytest.raises(SpanError, match=r"gives '\\n' no tokens of its own in mid-text: it drops every character"):
         build_cases(NiahGrid(lengths=(400,), needles=NEEDLES[:1], haystack=TEXT), tokenizer)
 
 
@@ -255,6 +347,7 @@ def test_a_length_without_room_says_how_much_is_needed(tokenizer):
         ({"lengths": (256, 256)}, "name a value twice"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"needles": ()}, "list of needles is empty"),
+        ({"prompt": "papre"}, "unknown prompt 'papre'; give paper or wu, or a template"),
         ({"prompt": "{question}"}, r"must hold \{context\} exactly once"),
         ({"prompt": "{question} {context}"}, r"\{context\} before \{question\}"),
     ],
@@ -303,6 +396,101 @@ def test_haystack_files(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"ok \xff\xfe")
     with pytest.raises(LccpError, match=r"c.txt is not UTF-8 \(byte 3\)"):
         read_haystack(tmp_path)
+
+
+def twins_slowly(text, phrase):
+    """Word by word: every run of whole words of the text against those of the phrase."""
+    words, wanted = text.lower().split(), phrase.lower().split()
+    hits = [at for at in range(len(words) - len(wanted) + 1) if words[at : at + len(wanted)] == wanted]
+    if not hits:
+        return None
+    first = at = 0
+    for _ in range(hits[0] + 1):
+        first = text.index(text[at:].split(None, 1)[0], at)
+        at = first + len(text[at:].split(None, 1)[0])
+    return Twins(len(hits), first)
+
+
+@given(
+    words=st.lists(st.sampled_from(["a", "A", "b", "Ab", "ba", "7"]), max_size=12),
+    blanks=st.lists(st.sampled_from([" ", "\n", "  ", "\t\n"]), min_size=13, max_size=13),
+    phrase=st.lists(st.sampled_from(["a", "b", "ab", "7"]), min_size=1, max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_twins_against_a_slow_search(words, blanks, phrase):
+    text = blanks[0] + "".join(word + blank for word, blank in zip(words, blanks[1:], strict=False))
+    assert FoldedText(text).twins(" ".join(phrase)) == twins_slowly(text, " ".join(phrase))
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase", "n"),
+    [
+        ("In 2019 the code was 19.", "19", 1),
+        ("the cat; CAT! (cat) concat cat's", "cat", 4),
+        ("密码是七八九。七八九", "七八九", 2),
+        ("Straße, STRASSE", "strasse", 2),
+        ("nothing", "thing", 0),
+        ("x", " ", 0),
+    ],
+)
+def test_twins_are_words_of_their_own(text, phrase, n):
+    found = FoldedText(text).twins(phrase)
+    assert (found.n if found else 0) == n
+
+
+def test_a_haystack_that_holds_a_needle_is_refused(tokenizer):
+    text = "It snowed. " * 50 + "THE code of\nMara is 4 0 7, they said. The code of Mara is 4 0 7."
+    message = (
+        r"the haystack holds needles itself: n0 \('The code of Mara is 4 0 7'\) 2 times \(first at character 550\); "
+        "a head that retrieves from there would get no credit"
+    )
+    with pytest.raises(LccpError, match=message):
+        NiahGrid(lengths=(200,), needles=(CODE,), haystack=text).build(tokenizer)
+
+
+def test_answers_in_the_haystack_are_counted_and_told(tokenizer):
+    text = "The number 4 0 7 is odd. " + LAMP + "So is 4 0 7."
+    with pytest.warns(UserWarning, match=r"holds answers itself: n0 \('4 0 7'\) 2 times \(first at character 11\)"):
+        cases = NiahGrid(lengths=(200,), depths=(50,), needles=(CODE,), haystack=text).build(tokenizer)
+    assert len(cases) == 1
+
+
+def test_needles_of_the_bundled_language_are_looked_for_in_the_users_text(tokenizer):
+    drawn = language.needles(1, seed=1)[0]
+    grid = NiahGrid(lengths=(200,), depths=(50,), haystack=LAMP)
+    (case,) = grid.build(tokenizer)
+    needle = decoded(tokenizer, case.prompt_ids[case.needle.start : case.needle.end])
+    assert needle != drawn.needle
+    with pytest.raises(LccpError, match=r"holds needles itself: s0d50 .* 1 time \(first at character 0\)"):
+        NiahGrid(lengths=(200,), depths=(50,), haystack=f"{needle} {LAMP}").build(tokenizer)
+
+
+def test_many_twins_are_named_in_part():
+    needles = {f"n{i}": Needle(f"Door {i} is open.", "?", "open") for i in range(6)}
+    text = " ".join(needle.needle for needle in needles.values())
+    with pytest.raises(LccpError, match=r"n3 \('Door 3 is open'\) 1 time \(first at character 48\), and 2 more;"):
+        refuse_twins(text, needles)
+
+
+def test_a_twin_in_a_folder_is_named_with_its_file(tmp_path):
+    (tmp_path / "a.txt").write_text("First.\n")
+    (tmp_path / "b.txt").write_text(" It rained. Door 1 is open.")
+    (tmp_path / "c.txt").write_text("\n")
+    text = read_haystack(tmp_path)
+    with pytest.raises(LccpError, match=r"1 time \(first at .*b\.txt, character 11\)"):
+        refuse_twins(text, {"n0": Needle("Door 1 is open.", "?", "open")})
+    assert place_in(text, 0) == f"{tmp_path / 'a.txt'}, character 0"
+    assert place_in(str(text), 20) == "character 20"
+
+
+def test_what_has_no_tokens_is_refused(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("zzz", "")
+    needle = Needle("Mara is zzz", "Who is Mara?", "zzz")
+    with pytest.raises(SpanError, match=r"the answer of needle n0 cannot be placed .*'zzz' becomes ' ' in tokens"):
+        NiahGrid(lengths=(300,), needles=(needle,), haystack=LAMP).build(tokenizer)
+    with pytest.raises(SpanError, match="gives 'zzz' no tokens of its own in mid-text: it drops every character of it"):
+        PieceEncoder(tokenizer).middle(["a", "zzz"])
 
 
 def test_bundled_haystacks_do_not_give_the_answer_away(tokenizer):

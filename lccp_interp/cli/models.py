@@ -15,14 +15,18 @@ import typer
 from lccp_interp.cli import terminal
 from lccp_interp.cli.terminal import (
     EXIT_INPUT,
+    ChatOption,
     DepthsOption,
+    DistancesOption,
     Format,
     FormatOption,
     HaystackOption,
+    InterferencesOption,
     LengthsOption,
     NeedlesOption,
     PromptOption,
     SamplesOption,
+    TaskOption,
     app,
     guarded,
     items,
@@ -65,16 +69,21 @@ def demo(
 @app.command()
 @guarded
 def score(
+    context: typer.Context,
     checkpoints: Annotated[
         list[Path], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or folders of checkpoints.")
     ],
     out: Annotated[Path, typer.Option(help="Run folder to write, or to resume.")],
+    task: TaskOption = "niah",
     lengths: LengthsOption = "256,512,1024,2048,4096",
     depths: DepthsOption = "0,25,50,75,100",
+    distances: DistancesOption = "256,1024",
+    interferences: InterferencesOption = "0,256,512,1024,2048",
     samples: SamplesOption = 4,
     needles: NeedlesOption = None,
     haystack: HaystackOption = None,
     prompt: PromptOption = None,
+    chat: ChatOption = False,
     metrics: Annotated[str, typer.Option(help="Head metrics.")] = "retrieval,wu,copy,needle_mass",
     mode: Annotated[
         str,
@@ -110,39 +119,36 @@ def score(
     Interrupt it at any time: finished units stay, and the same command resumes.
     """
     from lccp_interp.checkpoints import find_checkpoints, parse_count
-    from lccp_interp.sweep import score as score_run
-    from lccp_interp.tasks.haystack import read_haystack
-    from lccp_interp.tasks.niah import read_needles
+    from lccp_interp.cli.grids import GridOptions, grid_of
+    from lccp_interp.sweep import Execution, score_grid
 
     found = find_checkpoints(
         checkpoints,
         tokens=_token_table(tokens or []),
         tokens_per_step=None if tokens_per_step is None else parse_count(tokens_per_step),
     )
-    length_list = [parse_count(item) for item in items(lengths, "--lengths")]
-    depth_list = [number(item, "--depths") for item in items(depths, "--depths")]
-    metric_list = items(metrics, "--metrics")
-    facts = None if needles is None else read_needles(needles)
-    text = None if haystack is None else read_haystack(haystack)
+    options = GridOptions(
+        lengths=lengths,
+        depths=depths,
+        distances=distances,
+        interferences=interferences,
+        samples=samples,
+        needles=needles,
+        haystack=haystack,
+        prompt=prompt,
+        chat=chat,
+        seed=seed,
+    )
+    grid = grid_of(task, options, context)
     with progress_bar("scoring") as progress:
-        run = score_run(
+        run = score_grid(
             found,
             out,
-            lengths=length_list,
-            depths=depth_list,
-            samples=samples,
-            needles=facts,
-            haystack=text,
-            prompt=None if prompt is None else prompt.replace("\\n", "\n"),
-            metrics=metric_list,
+            grid,
+            metrics=items(metrics, "--metrics"),
             mode=mode,
-            seed=seed,
-            device=device,
             dtype=dtype,
-            device_map=device_map,
-            sharing=sharing,
-            chunk_tokens=chunk_tokens,
-            self_check=self_check,
+            execution=Execution(device, device_map, sharing, chunk_tokens, self_check),
             progress=progress,
         )
     _print_scored(run, out, [checkpoint.name for checkpoint in found], output_format)
@@ -301,7 +307,9 @@ def organism_train(
 def _print_scored(run: Run, out: Path, names: Sequence[str], output_format: Format) -> None:
     cases = run.cases.height
     if output_format is Format.table:
-        print(f"{out}: {len(names)} checkpoints x {cases} cases; next: lccp heads {out}; lccp report {out}")
+        # The tables over training are read at one length and depth grid, which other tasks do not have.
+        more = f"; next: lccp heads {out}; lccp report {out}" if run.config["task"] == "niah" else ""
+        print(f"{out}: {len(names)} checkpoints x {cases} cases{more}")
     elif output_format is Format.json:
         print_records({"run": str(out), "checkpoints": names, "cases": cases}, output_format)
     else:

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lccp_interp.schema import LccpError
@@ -45,7 +45,38 @@ def sentences(text: str) -> list[str]:
     return parts
 
 
-def read_haystack(path: Path) -> str:
+class HaystackText(str):
+    """Text that remembers which files it was read from; everywhere else it is a `str` like any other.
+
+    Attributes:
+        files: (index of the first character, file) of every file, in order.
+    """
+
+    files: tuple[tuple[int, Path], ...]
+
+    @classmethod
+    def joined(cls, texts: Mapping[Path, str]) -> HaystackText:
+        """The texts of several files, an empty line between them."""
+        text = cls("\n\n".join(texts.values()))
+        starts = itertools.accumulate((len(part) + 2 for part in texts.values()), initial=0)
+        text.files = tuple(zip(starts, texts, strict=False))
+        return text
+
+
+def place_in(text: str, index: int) -> str:
+    """Where the character at `index` stands, for messages: with its file if the text knows it.
+
+    Example:
+        >>> place_in("some text", 5)
+        'character 5'
+    """
+    if not isinstance(text, HaystackText):
+        return f"character {index}"
+    start, file = max(entry for entry in text.files if entry[0] <= index)
+    return f"{file}, character {index - start}"
+
+
+def read_haystack(path: Path) -> HaystackText:
     """The text of a file, or of all *.txt and *.md files of a folder in the order of their names.
 
     Raises:
@@ -57,20 +88,20 @@ def read_haystack(path: Path) -> str:
         files = [path]
     else:
         raise LccpError(f"no haystack at {path}; give a text file or a folder of *.txt files")
-    texts = []
+    texts = {}
     for file in files:
         try:
-            texts.append(file.read_text(encoding="utf-8-sig").strip())
+            texts[file] = file.read_text(encoding="utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise LccpError(
                 f"haystack {file} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
             ) from error
-    text = "\n\n".join(filter(None, texts))
-    if not text:
+    texts = {file: text for file, text in texts.items() if text}
+    if not texts:
         raise LccpError(
             f"haystack {path} is empty ({len(files)} files read); give a text file or a folder of *.txt files"
         )
-    return text
+    return HaystackText.joined(texts)
 
 
 class Haystack:
@@ -95,6 +126,11 @@ class Haystack:
         """Tokens of the whole text."""
         return self._ends[-1]
 
+    @property
+    def longest_sentence(self) -> int:
+        """Tokens of the longest sentence, and one: what reading may go beyond a count to the next sentence's begin."""
+        return 1 + max(map(len, self._middle))
+
     def starts(self, n_context: int) -> int:
         """How many first sentences leave at least `n_context` tokens behind them.
 
@@ -104,12 +140,18 @@ class Haystack:
         if self.n_tokens < n_context:
             raise LccpError(
                 f"the haystack has {self.n_tokens} tokens, {n_context} are needed; "
-                "give a longer text (--haystack) or ask for a shorter length (--lengths)"
+                "give a longer text (--haystack) or ask for shorter prompts"
             )
         return bisect.bisect_right(self._ends, self.n_tokens - n_context) + 1
 
     def split(
-        self, n_context: int, depth_fraction: float, *, start: int = 0, opens_document: bool = True
+        self,
+        n_context: int,
+        depth_fraction: float,
+        *,
+        start: int = 0,
+        opens_document: bool = True,
+        own_line: bool = True,
     ) -> tuple[list[int], list[int]]:
         """A context of exactly `n_context` tokens, opened at a sentence boundary.
 
@@ -119,9 +161,11 @@ class Haystack:
                 context. At 1 it is the whole context, cut wherever the count falls; at 0 it is empty.
             start: index of the sentence to begin with (see `starts`).
             opens_document: whether nothing stands before the context (no text of the prompt's template).
+            own_line: whether what is put between the parts stands on a line of its own.
 
         Returns:
-            (before, after): token ids; `after` begins with a line break, an empty part has no tokens at all.
+            (before, after): token ids; `after` begins with a line break, or without `own_line` with the white space
+            that stands before its sentence. An empty part has no tokens at all.
 
         Raises:
             LccpError: the haystack is too short from that sentence on.
@@ -141,8 +185,22 @@ class Haystack:
             raise LccpError(
                 "the haystack ends before the tokens that are still needed; give a longer text (--haystack)"
             )
-        line_break = self._encoder.middle(["\n"])[0]
-        return before, self._from(after, n_context - len(before), line_break + self._opening(after, False))
+        return before, self._from(after, n_context - len(before), self._reopening(after, own_line))
+
+    def sentence_after(self, start: int, n_tokens: int) -> int:
+        """Index of the first sentence that a text of `n_tokens` tokens, read from sentence `start` on, leaves whole."""
+        if n_tokens == 0:
+            return start
+        # At the beginning of a document or a line the first sentence may have a token less, and the text reach further.
+        shortest = min(len(self._opening(start, opens)) for opens in (True, False))
+        return bisect.bisect_left(self._ends, self._ends[start] - shortest + n_tokens) + 1
+
+    def _reopening(self, start: int, own_line: bool) -> list[int]:
+        """Sentence `start` as it looks behind what was put between it and the sentence before."""
+        if own_line:
+            return self._encoder.middle(["\n"])[0] + self._opening(start, False)
+        sentence = self._sentences[start]
+        return self._middle[start] if sentence[:1].isspace() else self._encoder.middle([f" {sentence}"])[0]
 
     def _opening(self, start: int, opens_document: bool) -> list[int]:
         """Sentence `start` as it looks at the beginning of the document, or of a line."""
@@ -159,7 +217,7 @@ class Haystack:
         if len(ids) < n_tokens:
             raise LccpError(
                 f"the haystack has {self.n_tokens} tokens, {n_tokens - len(ids)} more are needed; "
-                "give a longer text (--haystack) or ask for a shorter length (--lengths)"
+                "give a longer text (--haystack) or ask for shorter prompts"
             )
         return ids[:n_tokens]
 

@@ -1,10 +1,20 @@
 """Continuous needle-in-a-haystack: one fact hidden in long text, then the question, then the answer to be scored.
 
-The prompt has the form of arXiv 2604.02650,
-`[context before]\\n{needle}\\n[context after]\\nQuestion: {question}\\nAnswer:`, followed by the answer, over a grid of
-total length x depth x needle x sample. Prompt and answer together are exactly `length` tokens of the checkpoint's own
-tokenizer, and the spans of needle and source are placed by construction and proved by decoding them; nothing is
-searched for afterwards.
+The grid is total length x depth x needle x sample. Prompt and answer together are exactly `length` tokens of the
+checkpoint's own tokenizer, and the spans of needle and source are placed by construction and proved by decoding them;
+nothing is searched for afterwards. Two prompts have names:
+
+- `paper` (arXiv 2604.02650): `[context before]\\n{needle}\\n[context after]\\nQuestion: {question}\\nAnswer:`.
+- `wu` (arXiv 2404.15574): `{context}Based on the content of the book, Question: {question}\\nAnswer:`, the needle
+  between two sentences of the context, without line breaks. The rest of that setting is the grid's and the sweep's to
+  say: 3 needles x 20 lengths evenly from 1000 to 50000 x 10 depths evenly from 0 to 100, in generate mode, which counts
+  right answers only. The source is the part of the needle that answers (`real_needle` in the code published with it).
+  Two things differ from that code: there a length counts the context and 200 tokens of room, here prompt and answer;
+  there each needle has a text of its own, here a grid hides all of them in one.
+
+With `chat` the whole prompt stands in the user's turn of the tokenizer's chat template and the answer in the model's.
+Where that turn opens with a line break the answer follows without a blank, so its first word is the needle's own token
+only if it opens a line there too, as whole needles do in the paper's form.
 
 This module knows text and tokenizers; it refuses to know models and scores. Cost: one pass of the tokenizer over each
 haystack, then list joining.
@@ -14,22 +24,30 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lccp_interp.organism import language
-from lccp_interp.schema import Case, LccpError, Needle, Span, SpanError
+from lccp_interp.schema import Case, LccpError, Needle, Span
+from lccp_interp.tasks.chat import Frame
 from lccp_interp.tasks.haystack import Haystack, pick_starts
+from lccp_interp.tasks.needles import (
+    PAPER_PROMPT,
+    Fact,
+    NeedleIds,
+    check_sources,
+    prompt_form,
+    read_needles,
+    source_config,
+)
 from lccp_interp.tasks.pieces import PieceEncoder
+from lccp_interp.tasks.twins import refuse_twins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PAPER_PROMPT = "{context}\nQuestion: {question}\nAnswer:"
-"""Prompt of arXiv 2604.02650 up to the answer cue."""
+__all__ = ["PAPER_PROMPT", "NiahGrid", "build_cases", "organism_haystack", "read_needles"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +61,9 @@ class NiahGrid:
             and a haystack of its own.
         needles: facts of the user, or None for facts in the organism's language.
         haystack: text to hide them in, or None for text in the organism's language.
-        prompt: template with `{context}` and `{question}`; the answer follows it.
+        prompt: `paper`, `wu`, or a template with `{context}` and `{question}`; the answer follows it.
         seed: of needles, haystacks and where in the haystack a sample begins.
+        chat: whether the prompt stands in the tokenizer's chat template.
     """
 
     lengths: tuple[int, ...]
@@ -54,6 +73,7 @@ class NiahGrid:
     haystack: str | None = None
     prompt: str = PAPER_PROMPT
     seed: int = 0
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if not self.lengths or not self.depths:
@@ -66,15 +86,8 @@ class NiahGrid:
         for depth in self.depths:
             if not 0 <= depth <= 100:
                 raise LccpError(f"depth {depth:g} is outside 0-100; depths are percent of the context")
-        if self.samples < 1:
-            raise LccpError(f"samples must be at least 1, got {self.samples}")
-        if self.needles is not None and not self.needles:
-            raise LccpError("the list of needles is empty; give at least one {needle, question, answer}")
-        for field in ("{context}", "{question}"):
-            if self.prompt.count(field) != 1:
-                raise LccpError(f"the prompt template must hold {field} exactly once, got {self.prompt!r}")
-        if self.prompt.index("{context}") > self.prompt.index("{question}"):
-            raise LccpError(f"the prompt template must hold {{context}} before {{question}}, got {self.prompt!r}")
+        check_sources(self.samples, self.needles)
+        prompt_form(self.prompt)
 
     @property
     def n_cases(self) -> int:
@@ -87,49 +100,19 @@ class NiahGrid:
             "task": "niah",
             "lengths": list(self.lengths),
             "depths": [float(depth) for depth in self.depths],
-            "samples": self.samples,
-            "needles": "organism" if self.needles is None else _digest([asdict(needle) for needle in self.needles]),
-            "haystack": "organism" if self.haystack is None else _digest(self.haystack),
-            "prompt": self.prompt,
-            "seed": self.seed,
+            **source_config(
+                samples=self.samples,
+                needles=self.needles,
+                haystack=self.haystack,
+                prompt=self.prompt,
+                chat=self.chat,
+                seed=self.seed,
+            ),
         }
 
-
-def read_needles(path: Path) -> tuple[Needle, ...]:
-    """Needles from a JSONL file, one `{"needle": ..., "question": ..., "answer": ...}` per line.
-
-    Raises:
-        LccpError: no such file, no needles, a line that is no JSON object, or a field missing, empty, or an answer that
-            is not part of its needle; always with file and line.
-    """
-    if not path.is_file():
-        raise LccpError(f"no needle file at {path}; give JSONL with needle, question and answer in each line")
-    needles = []
-    try:
-        # Not splitlines: it also cuts at separators that may stand inside a JSON string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise LccpError(f"{path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise LccpError(f"{path}:{number}: no JSON ({error}); each line is one JSON object") from error
-        if not isinstance(entry, dict):
-            raise LccpError(f"{path}:{number}: expected a JSON object, got {type(entry).__name__}")
-        for field in ("needle", "question", "answer"):
-            if field not in entry:
-                hint = "; repeat the needle as the answer for the paper's form" if field == "answer" else ""
-                raise LccpError(f"{path}:{number}: field {field!r} is missing (has {', '.join(sorted(entry))}){hint}")
-        try:
-            needles.append(Needle(entry["needle"], entry["question"], entry["answer"]))
-        except LccpError as error:
-            raise LccpError(f"{path}:{number}: {error}") from error
-    if not needles:
-        raise LccpError(f"{path} holds no needles; give JSONL with needle, question and answer in each line")
-    return tuple(needles)
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> list[Case]:
+        """All cases; see `build_cases`."""
+        return build_cases(self, tokenizer)
 
 
 def build_cases(grid: NiahGrid, tokenizer: PreTrainedTokenizerBase) -> list[Case]:
@@ -140,7 +123,11 @@ def build_cases(grid: NiahGrid, tokenizer: PreTrainedTokenizerBase) -> list[Case
 
     Raises:
         SpanError: the tokenizer cannot hold a needle or its answer without loss, or gives it no border of its own.
-        LccpError: a length has no room for needle and question, or the haystack is too short.
+        LccpError: a length has no room for needle and question, the haystack is too short or holds a needle itself, or
+            `chat` is asked of a tokenizer without a chat template.
+
+    Warns:
+        UserWarning: an answer stands in the haystack itself.
 
     Example:
         >>> from lccp_interp.capture.model import load_tokenizer                             # doctest: +SKIP
@@ -155,7 +142,7 @@ def _cases(grid: NiahGrid, encoder: PieceEncoder) -> Iterator[Case]:
     for length, sample, index, depth in itertools.product(grid.lengths, range(grid.samples), indices, grid.depths):
         name, fact = material.fact(sample, index, depth)
         haystack, start = material.haystack(sample, depth)
-        prompt_ids, needle_span, source_span = fact.place(length, depth / 100, haystack, start)
+        prompt_ids, needle_span, source_span = _place(fact, length, depth / 100, haystack, start)
         yield Case(
             case_id=f"niah-{length}-d{_percent(depth)}-{name}-{sample}",
             task="niah",
@@ -182,13 +169,23 @@ class _Material:
     def __init__(self, grid: NiahGrid, encoder: PieceEncoder) -> None:
         self._grid, self._encoder = grid, encoder
         self._longest = max(grid.lengths)
-        self._facts: dict[tuple[int, float] | int, tuple[str, _Fact]] = {}
+        self._form = prompt_form(grid.prompt)
+        self._frame = Frame.of(encoder.tokenizer) if grid.chat else Frame()
+        self._facts: dict[tuple[int, float] | int, tuple[str, Fact]] = {}
         self._haystacks: dict[tuple[int, float] | int, Haystack] = {}
         self._own_text = None if grid.haystack is None else Haystack(grid.haystack, encoder)
         seeds = [_derived_seed(grid.seed, sample) for sample in range(grid.samples)]
         self._starts = (
             [0] * grid.samples if self._own_text is None else pick_starts(self._own_text, self._longest, seeds)
         )
+        if grid.haystack is not None:
+            refuse_twins(grid.haystack, self._all_needles())
+
+    def _all_needles(self) -> dict[str, Needle]:
+        if self._grid.needles is not None:
+            return {f"n{index}": needle for index, needle in enumerate(self._grid.needles)}
+        places = itertools.product(range(self._grid.samples), self._grid.depths)
+        return {f"s{sample}d{_percent(depth)}": self.needles(sample, depth)[0] for sample, depth in places}
 
     def needles(self, sample: int, depth: float) -> tuple[Needle, ...]:
         """The needles that may stand in the haystack of this sample and depth."""
@@ -196,12 +193,12 @@ class _Material:
             return self._grid.needles
         return tuple(language.needles(1, seed=_derived_seed(self._grid.seed, sample, float(depth))))
 
-    def fact(self, sample: int, index: int | None, depth: float) -> tuple[str, _Fact]:
+    def fact(self, sample: int, index: int | None, depth: float) -> tuple[str, Fact]:
         key = (sample, depth) if index is None else index
         if key not in self._facts:
             name = f"s{sample}d{_percent(depth)}" if index is None else f"n{index}"
             needle = self.needles(sample, depth)[index or 0]
-            self._facts[key] = name, _Fact(name, needle, self._grid.prompt, self._encoder)
+            self._facts[key] = name, Fact(f"needle {name}", needle, self._form, self._encoder, frame=self._frame)
         return self._facts[key]
 
     def haystack(self, sample: int, depth: float) -> tuple[Haystack, int]:
@@ -211,96 +208,59 @@ class _Material:
         key = (sample, float(depth)) if self._grid.needles is None else sample
         if key not in self._haystacks:
             seed = _derived_seed(self._grid.seed, *(key if isinstance(key, tuple) else (key,)))
-            self._haystacks[key] = _organism_haystack(self._longest, seed, self.needles(sample, depth), self._encoder)
+            self._haystacks[key] = organism_haystack(self._longest, seed, self.needles(sample, depth), self._encoder)
         return self._haystacks[key], 0
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A needle's tokens in three parts, as it looks at one kind of place."""
-
-    before: list[int]
-    source: list[int]
-    after: list[int]
-
-    @property
-    def ids(self) -> list[int]:
-        return [*self.before, *self.source, *self.after]
-
-
-class _Fact:
-    """A needle in tokens, with the question and answer that belong to it."""
-
-    def __init__(self, name: str, needle: Needle, prompt: str, encoder: PieceEncoder) -> None:
-        self.label = f"needle {name}"
-        text = needle.needle.strip()
-        answer = needle.answer.strip()
-        at = needle.answer_start
-        # The blank before the answer belongs to its first word, as it does after the answer cue.
-        head = text[:at].rstrip(" ")
-        source = text[len(head) : at] + answer
-        rest = text[at + len(answer) :]
-        opening, _, tail = prompt.partition("{context}")
-        tail = tail.replace("{question}", needle.question.strip())
-        self.opens_document = not opening
-        self.lead = encoder.prefix + (encoder.start(opening) if opening else [])
-        self.line_break = encoder.middle(["\n"])[0]
-        # After the cue the answer follows a blank, or what already ends the cue; within a script without blanks, where
-        # the source follows another character directly, it may follow the cue directly too.
-        ways = [answer] if tail[-1:].isspace() else [f" {answer}"]
-        if text[at - 1 : at].strip():
-            ways.append(answer)
-        self.tail, *forms = encoder.middle([tail, *ways])
-        # Within the text the needle opens a line; at depth 0 it opens the document.
-        inner = encoder.middle([source, rest])
-        if head:
-            self.in_line = _Form(encoder.middle([head], after="\n")[0], *inner)
-            self.in_front = self.in_line if opening else _Form(encoder.start(head), *inner)
-        else:
-            self.in_line = _Form([], encoder.middle([source], after="\n")[0], inner[1])
-            self.in_front = self.in_line if opening else _Form([], encoder.start(source), inner[1])
-        shared = [form for form in forms if set(form) & set(self.in_line.source)]
-        if not shared:
-            raise SpanError(
-                f"{self.label}: its answer {answer!r} has no token in common with itself inside the needle under this "
-                f"tokenizer ({encoder.name}), so no head could score; rephrase the needle so that a blank precedes it"
-            )
-        self.answer = shared[0]
-        for form in (self.in_line, self.in_front):
-            encoder.check(form.source, answer, f"the answer of {self.label}")
-            encoder.check(form.ids, text, self.label)
-        encoder.check(self.answer, answer, f"the answer of {self.label} after the prompt")
-
-    def place(self, length: int, depth_fraction: float, haystack: Haystack, start: int) -> tuple[list[int], Span, Span]:
-        """The prompt that with its answer is `length` tokens, and where needle and source stand in it."""
-        room = length - len(self.lead) - len(self.tail) - len(self.answer)
-        n_context = room - len(self.line_break) - max(len(self.in_line.ids), len(self.in_front.ids))
-        if n_context < 1:
-            raise LccpError(
-                f"length {length} has no room for a context: {self.label}, its question and answer take "
-                f"{length - n_context} tokens; ask for at least {length - n_context + 32}"
-            )
-        form = self.in_line
-        before: list[int] = []
-        after: list[int] = []
-        if depth_fraction > 0:
-            n_context = room - len(self.line_break) - len(form.ids)
-            before, after = haystack.split(n_context, depth_fraction, start=start, opens_document=self.opens_document)
-        if not before:
-            # At depth 0, or where no sentence ends above the depth asked for, the needle opens the document.
-            form = self.in_front
-            before, after = haystack.split(room - len(form.ids), 0.0, start=start)
-        lead = [*self.lead, *before, *(self.line_break if before else [])]
-        needle = Span(len(lead), len(lead) + len(form.ids))
-        source = Span(needle.start + len(form.before), needle.start + len(form.before) + len(form.source))
-        return [*lead, *form.ids, *after, *self.tail], needle, source
+def _place(
+    fact: Fact, length: int, depth_fraction: float, haystack: Haystack, start: int
+) -> tuple[list[int], Span, Span]:
+    """The prompt that with its answer is `length` tokens, and where needle and source stand in it."""
+    room = length - len(fact.lead) - len(fact.tail) - len(fact.answer)
+    n_context = room - len(fact.joint) - max(len(fact.in_text.ids), len(fact.in_front.ids))
+    if n_context < 1:
+        raise LccpError(
+            f"length {length} has no room for a context: {fact.label}, its question and answer take "
+            f"{length - n_context} tokens; ask for at least {length - n_context + 32}"
+        )
+    own_line = bool(fact.joint)
+    needle = fact.in_text
+    before: list[int] = []
+    after: list[int] = []
+    if depth_fraction > 0:
+        n_context = room - len(fact.joint) - len(needle.ids)
+        before, after = haystack.split(
+            n_context, depth_fraction, start=start, opens_document=fact.opens_document, own_line=own_line
+        )
+    if not before:
+        # At depth 0, or where no sentence ends above the depth asked for, the needle opens the document.
+        needle = fact.in_front
+        before, after = haystack.split(room - len(needle.ids), 0.0, start=start, own_line=own_line)
+    lead = [*fact.lead, *before, *(fact.joint if before else [])]
+    return [*lead, *needle.ids, *after, *fact.tail], *needle_spans(needle, len(lead))
 
 
-def _organism_haystack(n_tokens: int, seed: int, needles: Sequence[Needle], encoder: PieceEncoder) -> Haystack:
-    """A haystack in the organism's language, long enough under any tokenizer."""
+def needle_spans(needle: NeedleIds, at: int) -> tuple[Span, Span]:
+    """Spans of the needle and of its source, where the needle begins at position `at`."""
+    start = at + len(needle.before)
+    return Span(at, at + len(needle.ids)), Span(start, start + len(needle.source))
+
+
+def organism_haystack(
+    n_tokens: int,
+    seed: int,
+    needles: Sequence[Needle],
+    encoder: PieceEncoder,
+    *,
+    fact_every: float = language.TOKENS_PER_FACT,
+) -> Haystack:
+    """A haystack in the organism's language, long enough under any tokenizer.
+
+    Other facts stand in it, one in about `fact_every` tokens (infinity: none), and never those of `needles`.
+    """
     n_words = n_tokens + 64
     while True:
-        haystack = Haystack(language.haystack(n_words, seed=seed, avoid=needles), encoder)
+        haystack = Haystack(language.haystack(n_words, seed=seed, avoid=needles, fact_every=fact_every), encoder)
         if haystack.n_tokens >= n_tokens + 64:
             return haystack
         n_words *= 2
@@ -313,7 +273,3 @@ def _derived_seed(*parts: float) -> int:
 
 def _percent(depth: float) -> str:
     return f"{int(depth)}" if float(depth).is_integer() else repr(float(depth))
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()

@@ -56,10 +56,12 @@ class PieceEncoder:
             after: what stands before the piece, if that is known and short (a line break); tried as first anchor.
 
         Raises:
-            SpanError: no anchor keeps to itself before a piece, so its tokens have no border of their own.
+            SpanError: no anchor keeps to itself before a piece, so its tokens have no border of their own; or the
+                piece has no tokens at all.
         """
         anchors = ANCHORS if after is None else (after, *(a for a in ANCHORS if a != after))
         done: dict[int, list[int]] = {index: [] for index, piece in enumerate(pieces) if not piece}
+        dropped: set[int] = set()
         for anchor in anchors:
             open_pieces = [index for index in range(len(pieces)) if index not in done]
             if not open_pieces:
@@ -69,7 +71,14 @@ class PieceEncoder:
             for index, ids in zip(open_pieces, encoded, strict=True):
                 if ids[: len(head)] == head and len(ids) > len(head):
                     done[index] = ids[len(head) :]
+                elif ids == head:
+                    dropped.add(index)
         for index, piece in enumerate(pieces):
+            if index not in done and index in dropped:
+                raise SpanError(
+                    f"the tokenizer ({self.name}) gives {_shown(piece)} no tokens of its own in mid-text: "
+                    "it drops every character of it; write it with characters that it keeps"
+                )
             if index not in done:
                 raise SpanError(
                     f"the tokenizer ({self.name}) gives {_shown(piece)} no tokens of its own in mid-text "
