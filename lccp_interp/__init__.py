@@ -20,11 +20,15 @@ _HOMES = {
     "Needle": "schema",
     "Span": "schema",
     "Case": "schema",
+    "Item": "schema",
     "Checkpoint": "schema",
     "find_checkpoints": "checkpoints",
     "bundled_trajectory": "checkpoints",
     "NiahGrid": "tasks.niah",
     "build_cases": "tasks.niah",
+    "InterferenceGrid": "tasks.interference",
+    "LongBioGrid": "tasks.longbio",
+    "PromptWriter": "tasks.items",
     "read_needles": "tasks.niah",
     "read_haystack": "tasks.haystack",
     "HookedModel": "capture.model",
@@ -37,7 +41,13 @@ _HOMES = {
     "score_generated": "scoring.generate",
     "plan_study": "plan",
     "score": "sweep",
+    "score_grid": "sweep",
     "Run": "store",
+    "fine_tune": "behaviour.sft",
+    "answer_items": "behaviour.evaluate",
+    "probe": "behaviour.probe",
+    "probe_corpora": "behaviour.corpora",
+    "probe_with_lm_eval": "behaviour.harness",
     "read_heads": "imports",
     "import_heads": "imports",
     "import_probes": "imports",
@@ -47,6 +57,8 @@ _HOMES = {
     "lives": "dynamics",
     "stability": "dynamics",
     "outcome_table": "dynamics",
+    "interference_table": "dynamics",
+    "paired_heads": "dynamics",
     "compare": "dynamics",
     "survival": "dynamics",
     "by_kv_head": "dynamics",
@@ -59,6 +71,11 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from lccp_interp.behaviour.corpora import probe_corpora as probe_corpora
+    from lccp_interp.behaviour.evaluate import answer_items as answer_items
+    from lccp_interp.behaviour.harness import probe_with_lm_eval as probe_with_lm_eval
+    from lccp_interp.behaviour.probe import probe as probe
+    from lccp_interp.behaviour.sft import fine_tune as fine_tune
     from lccp_interp.capture.model import HookedModel as HookedModel
     from lccp_interp.capture.model import load_model as load_model
     from lccp_interp.capture.prefill import Prefill as Prefill
@@ -72,8 +89,10 @@ if TYPE_CHECKING:
     from lccp_interp.dynamics import correlate as correlate
     from lccp_interp.dynamics import deceptive_saturation as deceptive_saturation
     from lccp_interp.dynamics import head_records as head_records
+    from lccp_interp.dynamics import interference_table as interference_table
     from lccp_interp.dynamics import lives as lives
     from lccp_interp.dynamics import outcome_table as outcome_table
+    from lccp_interp.dynamics import paired_heads as paired_heads
     from lccp_interp.dynamics import saturation_table as saturation_table
     from lccp_interp.dynamics import score_table as score_table
     from lccp_interp.dynamics import stability as stability
@@ -86,6 +105,7 @@ if TYPE_CHECKING:
     from lccp_interp.report import write_report as write_report
     from lccp_interp.schema import Case as Case
     from lccp_interp.schema import Checkpoint as Checkpoint
+    from lccp_interp.schema import Item as Item
     from lccp_interp.schema import LccpError as LccpError
     from lccp_interp.schema import Needle as Needle
     from lccp_interp.schema import Span as Span
@@ -95,7 +115,11 @@ if TYPE_CHECKING:
     from lccp_interp.scoring.metrics import AttentionRows as AttentionRows
     from lccp_interp.store import Run as Run
     from lccp_interp.sweep import score as score
+    from lccp_interp.sweep import score_grid as score_grid
     from lccp_interp.tasks.haystack import read_haystack as read_haystack
+    from lccp_interp.tasks.interference import InterferenceGrid as InterferenceGrid
+    from lccp_interp.tasks.items import PromptWriter as PromptWriter
+    from lccp_interp.tasks.longbio import LongBioGrid as LongBioGrid
     from lccp_interp.tasks.niah import NiahGrid as NiahGrid
     from lccp_interp.tasks.niah import build_cases as build_cases
     from lccp_interp.tasks.niah import read_needles as read_needles

@@ -1,19 +1,20 @@
 """The command line.
 
 `lccp demo | score | plan | check | heads | compare | import | figures | report | correlate | budget | saturation |
-organism train`.
+probe | organism train`.
 
 Each command parses its options, calls one function of the package and prints what came back. It refuses to compute
 anything itself. Results go to standard output (tables for people, JSON or CSV for scripts), progress and messages to
 standard error. Exit codes: 0 done, 2 a mistake of input or an interruption (one line says what, where and what to do;
 `--debug` shows the traceback). Heavy imports live inside the commands, so that `lccp --help` answers at once.
 
-`terminal` holds what commands share, `models` the commands that load models, `runs` those that read a run.
+`terminal` holds what commands share, `models` the commands that load models, `behaviour` those
+that ask them, `runs` those that read a run.
 """
 
 from __future__ import annotations
 
-from lccp_interp.cli import models, runs
+from lccp_interp.cli import behaviour, models, runs
 from lccp_interp.cli.terminal import main
 
-__all__ = ["main", "models", "runs"]
+__all__ = ["behaviour", "main", "models", "runs"]
