@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -430,3 +431,33 @@ def test_no_torch_downstream_of_the_store() -> None:
 def test_dynamics_imports_no_plotting() -> None:
     assert not _loaded_after("import lccp_interp.dynamics") & {"matplotlib", "plotly", "torch"}
     assert not _loaded_after("import lccp_interp.figures, lccp_interp.report.findings") & {"matplotlib.figure", "torch"}
+
+
+def test_a_copied_part_is_counted_and_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", lengths=(256,), n_needles=2)
+    whole = score_table(run, n_boot=10)
+    part = run.path / "scores" / "lccp-0.5M.0001.parquet"
+    shutil.copy(part, part.with_name("lccp-0.5M.0001-copy.parquet"))
+    n_rows = pl.read_parquet(part).filter(pl.col("metric") == "retrieval").height
+    with pytest.warns(UserWarning, match=f"scores holds {n_rows} rows that say the same thing as another row, or"):
+        copied = score_table(run, n_boot=10)
+    assert copied.equals(whole, null_equal=True)
+    answers = outcome_table(run, n_boot=10)
+    part = run.path / "outcomes" / part.name
+    shutil.copy(part, part.with_name("lccp-0.5M.0001-copy.parquet"))
+    with pytest.warns(UserWarning, match="outcomes holds 5 rows that say the same thing"):
+        assert outcome_table(run, n_boot=10).equals(answers, null_equal=True)
+
+
+def test_rows_of_cases_that_the_run_does_not_have_are_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", lengths=(256, 1024), n_needles=2)
+    whole = score_table(run, length=256, n_boot=10)
+    path = run.path / "cases.parquet"
+    cases = pl.read_parquet(path)
+    lost = cases.filter(pl.col("length") == 1024).sort("case_id")["case_id"][0]
+    cases.filter(pl.col("case_id") != lost).write_parquet(path)
+    n_rows = 16 * N_LAYERS * N_HEADS
+    with pytest.warns(UserWarning, match=rf"scores holds {n_rows} rows of cases that .* \({lost}\): left out; restore"):
+        assert score_table(run, length=256, n_boot=10).equals(whole, null_equal=True)
+    with pytest.warns(UserWarning, match=rf"outcomes holds 16 rows of cases that .* \({lost}\): left out"):
+        outcome_table(run, n_boot=10)

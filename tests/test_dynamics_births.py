@@ -201,3 +201,20 @@ def test_errors() -> None:
         events(_table([0.0, 0.3], checkpoint=["c0", "c0"]))
     with pytest.raises(LccpError, match="the table has several for 2, the first being head 0-0 at 'c0'; filter it"):
         lives(pl.concat([_table([0.0, 0.3]), _table([0.1, 0.3])]))
+
+
+def test_a_head_that_is_not_above_its_null_is_not_born():
+    score = np.array([0.0, 0.0, 0.3, 0.4, 0.4, 0.4, 0.0, 0.0])
+    low, high = score - 0.02, score + 0.02
+    assert trace_lives(score, low, high) == [Life(2, 6, False)]
+    above = np.array([True, True, False, False, True, True, True, True])
+    assert trace_lives(score, low, high, may_retrieve=above) == [Life(4, 6, False)]
+    assert trace_lives(score, low, high, may_retrieve=np.zeros(8, bool)) == []
+    table = pl.DataFrame(
+        {
+            "checkpoint": list("abcdefgh"), "tokens_seen": range(8), "stage": ["train"] * 8, "layer": [0] * 8,
+            "head": [0] * 8, "score": score, "ci_low": low, "ci_high": high, "above_null": above,
+        }
+    )  # fmt: skip
+    assert lives(table)["born_checkpoint"].to_list() == ["e"]
+    assert lives(table.with_columns(above_null=pl.lit(None, pl.Boolean)))["born_checkpoint"].to_list() == ["c"]

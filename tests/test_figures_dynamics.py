@@ -15,11 +15,12 @@ from synthetic import write_run
 
 from lccp_interp.dynamics import RunTables, compare, saturation_table, survival
 from lccp_interp.dynamics.fits import LOG_LINEAR, MODELS, curve_values, fit_curves
+from lccp_interp.dynamics.ranking import jaccard_by_chance
 from lccp_interp.figures import caption, interactive, paper
-from lccp_interp.figures.cohorts import MEASURES, base_comparison, cohort, jaccard_by_chance
+from lccp_interp.figures.cohorts import MEASURES, base_comparison, cohort
 from lccp_interp.figures.saturation_panels import METRICS, SaturationPanel, SinceBaseAxis, saturation_panels
 from lccp_interp.schema import CaseResult
-from lccp_interp.store import Run
+from lccp_interp.store import PROBES_SCHEMA, Run, append_probes
 
 NEW = ("saturation_curves", "cohort_survival", "reference_comparison")
 
@@ -141,18 +142,23 @@ def test_every_axis_has_room_and_few_ticks(tokens: list[float], is_log: bool) ->
 def test_corpus_perplexity_is_drawn_where_the_run_has_it(tables: RunTables, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(tables.run.path, folder)
-    cases = pl.read_parquet(folder / "cases.parquet")
-    document = cases.filter(pl.col("length") == 256, pl.col("depth_fraction") == 0)
-    renamed = document.with_columns(case_id="corpus-" + pl.col("case_id"), task=pl.lit("corpus"))
-    pl.concat([cases, renamed]).write_parquet(folder / "cases.parquet")
-    for part in (folder / "outcomes").iterdir():
-        outcomes = pl.read_parquet(part)
-        own = outcomes.join(document.select("case_id"), on="case_id", how="semi")
-        pl.concat([outcomes, own.with_columns(case_id="corpus-" + pl.col("case_id"))]).write_parquet(part)
-    made = {panel.metric: panel for panel in saturation_panels(RunTables(Run.open(folder)))}
-    assert list(made)[-1] == "corpus_ppl"
-    assert made["corpus_ppl"].values[-1] < made["corpus_ppl"].values[0]
-    assert "5 held-out documents" in caption("saturation_curves", Run.open(folder))
+    listed = tables.run.checkpoints.select("name", "tokens_seen").rows()
+    rows = [
+        {
+            "checkpoint": name, "tokens_seen": tokens, "benchmark": "corpus-ppl", "subset": corpus, "length": 2048,
+            "metric": metric, "score": level - 0.1 * i, "n": 5, "stderr": 0.05,
+        }
+        for corpus, metric, level in (("code", "ppl", 9.0), ("books", "pooled_ppl", 7.0), ("books", "ppl", 5.0))
+        for i, (name, tokens) in enumerate(listed)
+    ]  # fmt: skip
+    append_probes(folder, "corpora", pl.DataFrame(rows, schema=PROBES_SCHEMA))
+    made = saturation_panels(RunTables(Run.open(folder)))
+    assert [panel.metric for panel in made] == [*METRICS, "probe:corpus-ppl/books:ppl"]
+    assert made[-1].label == "corpus perplexity"
+    np.testing.assert_allclose(made[-1].values, 4.7 - 0.1 * np.arange(13))
+    assert "Corpus perplexity: mean over documents of corpus-ppl/books." in caption(
+        "saturation_curves", Run.open(folder)
+    )
 
 
 # --- survival

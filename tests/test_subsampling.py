@@ -13,8 +13,9 @@ from scipy.stats import pearsonr, spearmanr
 from synthetic import write_run
 from test_cli import lccp
 
-from lccp_interp.dynamics import advice, budget, score_table
-from lccp_interp.dynamics.subsampling import MEASURES
+from lccp_interp.dynamics import advice, budget, census, score_table
+from lccp_interp.dynamics.heads import is_retrieval_head
+from lccp_interp.dynamics.subsampling import MEASURES, _curves, _Study
 from lccp_interp.schema import LccpError
 
 LENGTHS = (1024, 4096)
@@ -205,3 +206,28 @@ def test_command(capsys, monkeypatch, run):
     assert code == 2
     assert "unknown measure 'loss' in budget" in err
     assert err.count("\n") == 1
+
+
+def test_heads_are_those_of_the_census(tmp_path):
+    """Heads of layers 0 and 1 score as much on decoys: they count for nothing, drawn or not."""
+
+    def with_decoys(i, result):
+        scores = result.scores["retrieval"]
+        jitter = 0.02 * (int(result.case_id.rsplit("-", 1)[1]) % 3 - 1)
+        null = np.where(np.arange(len(scores))[:, None] < 2, scores + jitter, 0.0).astype(np.float32)
+        return dataclasses.replace(result, scores={**result.scores, "retrieval@decoy": null})
+
+    run = write_run(tmp_path / "run", lengths=(256,), n_needles=4, change=with_decoys)
+    study = _Study(run, 256, "retrieval", "teacher_forced")
+    found = census(score_table(run))
+    table = score_table(run).filter(checkpoint="pretrain-3.6M").sort("layer", "head")
+    initial = np.flatnonzero(is_retrieval_head(table).to_numpy())
+    assert sorted(study.initial_heads) == initial.tolist()
+    assert len(initial) == found["n_initial"][0] < (table["score"] > 0.1).sum()
+    values = study.head_values(256)
+    everything = np.ones((1, len(values)))
+    count = _curves(values, everything, "n_retrieval_heads", None, study.may_retrieve(256))[0]
+    assert count.tolist() == found["n_retrieval_heads"].to_list()
+    mean = _curves(values, everything, "mean_initial_score", study.initial_heads, None)[0]
+    np.testing.assert_allclose(mean, found["mean_initial_score"].to_numpy(), rtol=1e-6)
+    assert budget(run, measures=["n_retrieval_heads"], n_draws=20, n_cases=[4]).height == 1

@@ -238,7 +238,9 @@ def _trainer(
     config = SFTConfig(
         output_dir=scratch,
         num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch_size,
+        # Samples one by one, gradients added up: the same step, without padding, whose mask costs more than it gains.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.final_lr_scale},
@@ -270,7 +272,7 @@ def _trainer(
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that has a padding token, as TRL insists; `_collate` pads, and what it pads with is masked."""
+    """A copy that has a padding token, as TRL insists; nothing is padded."""
     import copy
 
     own = copy.deepcopy(tokenizer)
@@ -280,17 +282,10 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch padded on the right."""
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: Sequence[int], filler: int) -> list[int]:
-        return [*values, *[filler] * (longest - len(values))]
-
-    return {
-        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-        "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
-    }
+    """One sample, whole; its mask hides nothing, TRL asks for one."""
+    (row,) = rows
+    ids = torch.tensor([row["input_ids"]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([row["labels"]])}
 
 
 def _callback(on_step: Callable[[int, int], None] | None) -> Any:

@@ -267,15 +267,18 @@ def figures(
     formats: Annotated[str, typer.Option(help="pdf, svg, png.")] = "pdf,svg,png",
     length: LengthOption = None,
 ) -> None:
-    """Draw the paper's figures from a run."""
+    """Draw the paper's figures from a run, those that it has the numbers for."""
     from lccp_interp.store import Run
 
     chosen = items(formats, "--formats")
     for item in chosen:
         if item not in ("pdf", "svg", "png"):
             raise LccpError(f"unknown figure format {item!r}; known: pdf, svg, png")
-    for path in draw(Run.open(run), out or run / "figures", length, tuple(chosen)):
+    opened = Run.open(run)
+    for path in draw(opened, out or run / "figures", length, tuple(chosen)):
         print(path)
+    for reason, names in undrawn(opened).items():
+        print(f"lccp: not drawn: {', '.join(names)}: {reason}", file=sys.stderr)
 
 
 @app.command()
@@ -309,15 +312,26 @@ def correlate(
     lead_lag: Annotated[
         int | None, typer.Option(metavar="CHECKPOINTS", help="Steps against steps, shifted by up to so many.")
     ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Only probe results whose name matches, like '*pass@3' or 'longbio*/mean/*'; may be repeated. "
+            "Default: one metric per benchmark and subset, and the mean over subsets.",
+        ),
+    ] = None,
     mode: ModeOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Correlate cheap metrics with probe results: levels, detrended and differences, with exact small-n tests."""
     from lccp_interp.dynamics import correlation
+    from lccp_interp.dynamics.probe_choice import left_out
+    from lccp_interp.dynamics.selection import named
     from lccp_interp.dynamics.series import IMPORT_HINT, run_series
     from lccp_interp.store import Run
 
-    cheap, found = run_series(Run.open(run), length=length, stage=stage, mode=mode)
+    opened = Run.open(run)
+    cheap, found = run_series(opened, length=length, stage=stage, mode=mode, probes_like=probe or None)
     probes = None if found.is_empty() else found
     if lead_lag is not None:
         table = correlation.lead_lag(cheap, probes, max_lag=lead_lag, method=method, common=common)
@@ -332,6 +346,10 @@ def correlate(
     if paper:
         table = correlation.paper_layout(table)
     print_table(table, output_format)
+    unused = left_out(opened.probes.collect(), cheap, found)
+    if unused:
+        chosen = "--probe chooses others" if probe is None else "without --probe one metric per subset is taken"
+        print(f"left out {len(unused)} more series of results ({named(unused, 3)}); {chosen}", file=sys.stderr)
     if probes is None:
         print(
             f"{run} holds no probe results: the cheap metrics are correlated among themselves; {IMPORT_HINT}",
@@ -433,6 +451,12 @@ def draw(run: Run, out: Path, length: int | None, formats: tuple[str, ...]) -> l
     from lccp_interp.figures import draw_figures
 
     return draw_figures(run, out, formats=formats, length=length)
+
+
+def undrawn(run: Run) -> dict[str, list[str]]:
+    from lccp_interp.figures import left_out
+
+    return left_out(run)
 
 
 def page_of(run: Run, out: Path | None, length: int | None) -> Path:

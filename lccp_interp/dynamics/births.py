@@ -3,8 +3,9 @@
 A head that hovers around the threshold of 0.1 crosses it at every other checkpoint. So a birth needs more than a
 crossing, and likewise a death. The rule, for the scores and intervals of one head over the checkpoints in order:
 
-- A checkpoint is *high* when score > `up`, *low* when score < `down`. All else, and an undefined score, is *between*
-  and decides nothing. Intervals enter where checkpoints are compared; an undefined one is no evidence.
+- A checkpoint is *high* when score > `up` and, where decoys were measured, the head is above its null there (so that a
+  living head is a retrieval head of the census), *low* when score < `down`. All else, and an undefined score, is
+  *between* and decides nothing. Intervals enter where checkpoints are compared; an undefined one is no evidence.
 - A head that is high at the first `hold` checkpoints was alive from the start; its birth is not in the data.
 - A head that is not alive is **born** at the first checkpoint from which on it is high `hold` times in a row and has
   visibly risen: since the start or its last death there was a checkpoint with score <= `up` whose ci_high lies below
@@ -92,6 +93,7 @@ def trace_lives(
     ci_low: NDArray[np.float64],
     ci_high: NDArray[np.float64],
     *,
+    may_retrieve: NDArray[np.bool_] | None = None,
     up: float = RETRIEVAL_THRESHOLD,
     down: float = 0.05,
     hold: int = 2,
@@ -100,6 +102,7 @@ def trace_lives(
 
     Args:
         score, ci_low, ci_high: one value per checkpoint, in order, NaN where undefined.
+        may_retrieve: whether the head's null lets it be high, per checkpoint; None means everywhere.
         up: score above which a head counts as high.
         down: score below which it counts as low.
         hold: how many checkpoints in a row must agree.
@@ -110,7 +113,7 @@ def trace_lives(
         [Life(born=2, died=5, provisional=False)]
     """
     check_rule(up, down, hold)
-    high = score > up
+    high = score > up if may_retrieve is None else (score > up) & may_retrieve
     low = score < down
     n = len(score)
     found: list[Life] = []
@@ -180,8 +183,9 @@ def lives(table: pl.DataFrame, *, up: float = RETRIEVAL_THRESHOLD, down: float =
             raise LccpError(f"births and deaths are read at one {column}, the table holds {known}; filter it first")
     names, tokens, _ = _checkpoints(table)
     rows = []
-    for (layer, head), (score, low, high) in _series(table, names).items():
-        for n_life, life in enumerate(trace_lives(score, low, high, up=up, down=down, hold=hold), start=1):
+    for (layer, head), (score, low, high, may_retrieve) in _series(table, names).items():
+        found = trace_lives(score, low, high, may_retrieve=may_retrieve, up=up, down=down, hold=hold)
+        for n_life, life in enumerate(found, start=1):
             span = slice(life.born or 0, len(names) if life.died is None else life.died)
             peak = span.start + int(np.nanargmax(score[span]))
             rows.append(
@@ -224,7 +228,7 @@ def events(table: pl.DataFrame, *, up: float = RETRIEVAL_THRESHOLD, down: float 
     series = _series(table, names)
     rows = []
     for life in lives(table, up=up, down=down, hold=hold).iter_rows(named=True):
-        score, low, high = series[life["layer"], life["head"]]
+        score, low, high, _ = series[life["layer"], life["head"]]
         for kind, field in (("birth", "born"), ("death", "died")):
             name = life[f"{field}_checkpoint"]
             if name is None:
@@ -266,8 +270,8 @@ def _checkpoints(table: pl.DataFrame) -> tuple[list[str], list[int], list[str]]:
 
 def _series(
     table: pl.DataFrame, names: list[str]
-) -> dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
-    """Score, ci_low and ci_high of every head over `names`, NaN where the table has no row."""
+) -> dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]]:
+    """Score, ci_low, ci_high and `may_retrieve` of every head over `names`, NaN where the table has no row."""
     place = {name: index for index, name in enumerate(names)}
     key = ("checkpoint", "layer", "head")
     twice = table.filter(pl.struct(key).is_duplicated()).select(key)
@@ -282,7 +286,11 @@ def _series(
         heads.with_row_index("i"), on=["layer", "head"], how="left", maintain_order="left"
     )["i"]
     at_checkpoint = [place[name] for name in table["checkpoint"]]
+    if "above_null" not in table.columns:
+        table = table.with_columns(above_null=pl.lit(None, pl.Boolean))
+    may_retrieve = np.ones((heads.height, len(names)), bool)
+    may_retrieve[at_head.to_numpy(), at_checkpoint] = table["above_null"].fill_null(True).to_numpy()
     dense = np.full((3, heads.height, len(names)), np.nan)
     for array, column in zip(dense, ("score", "ci_low", "ci_high"), strict=True):
         array[at_head.to_numpy(), at_checkpoint] = table[column].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-    return {(layer, head): (dense[0, i], dense[1, i], dense[2, i]) for i, (layer, head) in enumerate(heads.rows())}
+    return {pair: (dense[0, i], dense[1, i], dense[2, i], may_retrieve[i]) for i, pair in enumerate(heads.rows())}

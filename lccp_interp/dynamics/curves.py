@@ -1,9 +1,13 @@
 """Metrics of a run as curves over the tokens since its base checkpoint, each with its resamples.
 
-What the model does (NIAH score), how sure it is (perplexity and loss of the answer, per length and depth; perplexity of
-held-out documents), which heads copy (their number, the mean score of the initial ones) and what benchmarks say
-(probes): all in one form, so that one question can be put to all of them. Resamples draw pairs of needle and haystack
-and are shared by all checkpoints of a curve, so that differences between checkpoints are paired.
+What the model does (NIAH score), how sure it is (perplexity and loss of the answer, per length and depth), which heads
+copy (their number, the mean score of the initial ones) and what benchmarks and long documents say (probes): all in one
+form, so that one question can be put to all of them. Resamples draw pairs of needle and haystack and are shared by all
+checkpoints of a curve, so that differences between checkpoints are paired.
+
+Where every case is wrong, or every case right, resampling finds no spread, and a fit would take that value for exact.
+So a share of right answers has at least the variance of a smoothed share (`share_variance`); what resampling lacks of
+it is added as seeded normal scatter, anew at each checkpoint.
 
 The module reads tables; it refuses to know fits and verdicts. Cost: one scan of the outcome parts, one of the head
 scores if they are asked for, and one matrix product per curve.
@@ -19,10 +23,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from lccp_interp.dynamics.heads import head_sample
+from lccp_interp.dynamics.heads import count_heads, head_sample
 from lccp_interp.dynamics.outcomes import case_measures, dense_measures
 from lccp_interp.dynamics.resampling import Resamples, draw_resamples, mean_defined, resampled_means
 from lccp_interp.dynamics.selection import (
+    CORPUS_BENCHMARKS,
+    NOT_SCORES,
     base_checkpoint,
     choose,
     choose_length,
@@ -36,13 +42,15 @@ from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
 from lccp_interp.store import Run
 
 NIAH_SCORE, ANSWER_PPL, LOSS_NATS = "niah_score", "answer_ppl", "loss_nats"
-PPL_BY_DEPTH, CORPUS_PPL = "answer_ppl_by_depth", "corpus_ppl"
+PPL_BY_DEPTH = "answer_ppl_by_depth"
 HEAD_COUNT, INITIAL_SCORE = "n_retrieval_heads", "mean_initial_score"
 PROBE = "probe:"
-CORPUS_TASK = "corpus"
 
 LOWER_IS_BETTER = ("ppl", "perplexity", "loss", "nll", "error", "wer")
 """A probe whose metric has one of these in its name counts as better when lower, any other when higher."""
+
+SCATTER_STREAM = 1
+"""Number of the stream of random numbers for what resampling lacks; the resamples themselves use none."""
 
 SERIES_SCHEMA = {
     "checkpoint": pl.String,
@@ -62,7 +70,8 @@ class MetricCurve:
 
     `length` is in tokens and `depth_fraction` in 0..1, None where the metric has none. `tokens` counts from the base.
     `values` is NaN where undefined, `n` the number of cases behind each value. `deviations` `[resample, checkpoint]`
-    is what resampling adds to a value, spread as wide as independent cases would spread it; 0 where nothing is known.
+    is what resampling adds to a value, spread as wide as independent cases would spread it, for shares of right answers
+    at least as wide as `share_variance`; 0 where nothing is known.
     """
 
     metric: str
@@ -114,8 +123,9 @@ def metric_series(
 
     Returns:
         Columns checkpoint, tokens_since_base, metric, length, depth_fraction (null where they do not apply), value
-        (NaN where undefined), stderr (of resampled cases; 0 where nothing is known of it), n (cases). Scores are in
-        percent, depths and head scores fractions, losses nats per token.
+        (NaN where undefined), stderr (of resampled cases, of a smoothed share where they are all right or all wrong; 0
+        where nothing is known of it), n (cases). Scores are in percent, depths and head scores fractions, losses nats
+        per token. Retrieval heads are those of `census`: above the threshold and above their null.
 
     Raises:
         LccpError: unknown metric, length or mode, two checkpoints with the same tokens, or probes of checkpoints that
@@ -131,10 +141,19 @@ def metric_series(
 def metric_names(run: Run) -> list[str]:
     """Names of the metrics that `run` can give, probes as `probe:benchmark[/subset]:metric`."""
     names = [NIAH_SCORE, ANSWER_PPL, LOSS_NATS, PPL_BY_DEPTH, HEAD_COUNT, INITIAL_SCORE]
-    if CORPUS_TASK in run.cases["task"].unique():
-        names.append(CORPUS_PPL)
     probes = run.probes.select("benchmark", "subset", "metric").unique().collect()
-    return names + sorted(_probe_name(*row) for row in probes.rows())
+    return names + sorted(_probe_name(*row) for row in probes.rows() if row[-1] not in NOT_SCORES)
+
+
+def corpus_name(names: Sequence[str]) -> str | None:
+    """The first of `metric_names` that is the perplexity of long documents (mean over them); None without one.
+
+    Example:
+        >>> corpus_name(["niah_score", "probe:corpus-ppl/books:pooled_ppl", "probe:corpus-ppl/books:ppl"])
+        'probe:corpus-ppl/books:ppl'
+    """
+    wanted = (name for name in names if name.startswith(f"{PROBE}{CORPUS_BENCHMARKS[0]}") and name.endswith(":ppl"))
+    return next(wanted, None)
 
 
 def metric_curves(
@@ -197,8 +216,6 @@ class _Reader:
             elif name in (NIAH_SCORE, ANSWER_PPL, LOSS_NATS):
                 members = self.cases.filter(pl.col("length") == self.length)
                 curves.append(self._of_cases(name, name, members, self.length, None))
-            elif name == CORPUS_PPL:
-                curves.append(self._of_cases(name, ANSWER_PPL, self._documents(), None, None))
             elif name.startswith(PROBE):
                 curves += self._probes(name)
         heads = [name for name in wanted if name in (HEAD_COUNT, INITIAL_SCORE)]
@@ -215,10 +232,6 @@ class _Reader:
         tokens = self.checkpoints["tokens_since_base"].to_numpy().astype(np.float64)
         return replace(curve, checkpoints=tuple(place), tokens=tokens, values=values, n=n, deviations=deviations)
 
-    def _documents(self) -> pl.DataFrame:
-        documents = self.run.cases.filter(pl.col("task") == CORPUS_TASK).drop("prompt_ids", "answer_ids")
-        return documents.with_columns(cluster=pl.col("haystack_id").rank("dense").cast(pl.Int64) - 1)
-
     def _of_cases(
         self, metric: str, column: str, members: pl.DataFrame, length: int | None, depth: float | None
     ) -> MetricCurve:
@@ -228,7 +241,9 @@ class _Reader:
         resamples = draw_resamples(clusters, n_boot=self.n_boot, seed=self.seed)
         mean, n = mean_defined(values)
         draws = resampled_means(values, resamples)
-        return self._curve(metric, length, depth, column == NIAH_SCORE, self.scored, mean, n, draws - mean, resamples)
+        is_share = column == NIAH_SCORE
+        curve = self._curve(metric, length, depth, is_share, self.scored, mean, n, draws - mean, resamples)
+        return with_share_variance(curve, resamples.n_units, whole=100, seed=self.seed) if is_share else curve
 
     def _curve(
         self,
@@ -258,7 +273,10 @@ class _Reader:
         )
 
     def _heads(self, wanted: Sequence[str]) -> list[MetricCurve]:
-        """Number of retrieval heads, and mean score of those of the base checkpoint, at the chosen length."""
+        """Number of retrieval heads, and mean score of those of the base checkpoint, at the chosen length.
+
+        Resamples decide anew who is above the threshold; who is above its null is decided once, by all cases.
+        """
         sample = head_sample(self.run, length=self.length, mode=self.mode, n_boot=self.n_boot, seed=self.seed)
         names = sample.values.checkpoints["checkpoint"]
         kept = self.checkpoints.filter(pl.col("checkpoint").is_in(names.implode()))
@@ -269,17 +287,18 @@ class _Reader:
         # `[checkpoint, head]` and `[checkpoint, resample, head]`
         scores = np.stack([mean_defined(values)[0] for values in per_case])
         n = np.array([(~np.isnan(values)).any(axis=1).sum() for values in per_case], np.int64)
+        eligible = sample.may_retrieve[rows]
         # Initial heads are those of the base; without its scores there are none to follow.
-        initial = (scores[0] > RETRIEVAL_THRESHOLD) & (kept["tokens_since_base"][0] == 0)
-        made: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
-            HEAD_COUNT: _count_heads,
-            INITIAL_SCORE: lambda scores: mean_defined(scores[..., initial].T)[0],
+        initial = (scores[0] > RETRIEVAL_THRESHOLD) & eligible[0] & (kept["tokens_since_base"][0] == 0)
+        made: dict[str, Callable[[NDArray[np.float64], NDArray[np.bool_]], NDArray[np.float64]]] = {
+            HEAD_COUNT: count_heads,
+            INITIAL_SCORE: lambda scores, _: mean_defined(scores[..., initial].T)[0],
         }
         draws: dict[str, list[NDArray[np.float64]]] = {name: [] for name in wanted}
-        for values in per_case:
+        for values, at_checkpoint in zip(per_case, eligible, strict=True):
             resampled = resampled_means(values, sample.resamples)
             for name in wanted:
-                draws[name].append(made[name](resampled))
+                draws[name].append(made[name](resampled, at_checkpoint))
         curves = []
         for name in wanted:
             columns = np.stack(draws[name], axis=1)
@@ -287,7 +306,15 @@ class _Reader:
             centre = mean_defined(columns)[0]
             curves.append(
                 self._curve(
-                    name, self.length, None, True, kept, made[name](scores), n, columns - centre, sample.resamples
+                    name,
+                    self.length,
+                    None,
+                    True,
+                    kept,
+                    made[name](scores, eligible),
+                    n,
+                    columns - centre,
+                    sample.resamples,
                 )
             )
         return curves
@@ -308,27 +335,79 @@ class _Reader:
                     f"{name} has several scores of {', '.join(twice)} in {self.run.path / 'probes'}; keep one for each"
                 )
             joined = self.checkpoints.join(part, on="checkpoint", maintain_order="left")
-            spread = joined["stderr"].cast(pl.Float64).fill_null(0).fill_nan(0).to_numpy()
-            curves.append(
-                MetricCurve(
-                    name,
-                    None if length is None else int(str(length)),
-                    None,
-                    higher,
-                    tuple(joined["checkpoint"]),
-                    joined["tokens_since_base"].to_numpy().astype(np.float64),
-                    joined["score"].cast(pl.Float64).fill_null(math.nan).to_numpy(),
-                    joined["n"].fill_null(0).to_numpy().astype(np.int64),
-                    rng.normal(size=(self.n_boot, joined.height)) * spread,
-                )
+            error = joined["stderr"].cast(pl.Float64).fill_nan(None)
+            curve = MetricCurve(
+                name,
+                None if length is None else int(str(length)),
+                None,
+                higher,
+                tuple(joined["checkpoint"]),
+                joined["tokens_since_base"].to_numpy().astype(np.float64),
+                joined["score"].cast(pl.Float64).fill_null(math.nan).to_numpy(),
+                joined["n"].fill_null(0).to_numpy().astype(np.int64),
+                rng.normal(size=(self.n_boot, joined.height)) * error.fill_null(0).to_numpy(),
             )
+            known = error.is_not_null().to_numpy()
+            curves.append(_with_variance_of_shares(curve, known, self.seed) if higher and known.any() else curve)
         return curves
 
 
-def _count_heads(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Number of retrieval heads along the last axis; NaN where no head is defined."""
-    defined = ~np.isnan(scores)
-    return np.where(defined.any(axis=-1), (np.where(defined, scores, 0) > RETRIEVAL_THRESHOLD).sum(axis=-1), np.nan)
+def _with_variance_of_shares(curve: MetricCurve, known: NDArray[np.bool_], seed: int) -> MetricCurve:
+    """A probe whose scores may be shares: of 1, or of 100 where one is above 1. Others are left as they are.
+
+    Checkpoints whose standard error is not `known` stay without any.
+    """
+    defined = curve.values[np.isfinite(curve.values)]
+    if not defined.size or defined.min() < 0 or defined.max() > 100:
+        return curve
+    whole = 1.0 if defined.max() <= 1 else 100.0
+    n_units = int(curve.n[known].min())
+    made = with_share_variance(curve, n_units, whole=whole, seed=seed) if n_units else curve
+    return replace(made, deviations=np.where(known, made.deviations, curve.deviations))
+
+
+def share_variance(
+    share: NDArray[np.float64], variance: NDArray[np.float64], n: NDArray[np.int64], n_units: int
+) -> NDArray[np.float64]:
+    """The least variance that a share of right answers is given, per checkpoint.
+
+    A share p of m independent answers is smoothed as one more right and one more wrong answer would: with m p right
+    ones, (m p + 1) / (m + 2) (Laplace; Agresti and Coull 1998 add two of each), and its variance is that of m + 2 such
+    answers. m lies between the units that are drawn and the answers: it is what the spread over all checkpoints tells,
+    sum of p (1 - p) / sum of variances, or the units where there is no spread at all.
+
+    Args:
+        share: p, 0..1, `[checkpoint]`; NaN where undefined.
+        variance: of each, from resampling.
+        n: answers behind each.
+        n_units: units that were drawn (pairs of needle and haystack).
+
+    Returns:
+        Variances `[checkpoint]`, NaN where `share` is.
+
+    Example:
+        >>> share_variance(np.array([0.0, 1.0]), np.zeros(2), np.array([20, 20]), 20).round(4).tolist()
+        [0.002, 0.002]
+    """
+    spread = float(np.nansum(variance))
+    counts = np.maximum(n, 1).astype(np.float64)
+    m = np.minimum(float(n_units), counts)
+    if spread > 0:
+        m = np.clip(float(np.nansum(share * (1 - share))) / spread, m, counts)
+    smooth = (m * share + 1) / (m + 2)
+    return np.asarray(smooth * (1 - smooth) / (m + 2))
+
+
+def with_share_variance(curve: MetricCurve, n_units: int, *, whole: float, seed: int) -> MetricCurve:
+    """`curve`, a share of right answers in units of `whole` (1 or 100), with at least `share_variance`.
+
+    What resampling lacks is added as normal scatter drawn from `seed`.
+    """
+    variance = (curve.deviations / whole).var(axis=0)
+    lacking = np.maximum(share_variance(curve.values / whole, variance, curve.n, n_units) - variance, 0)
+    rng = np.random.default_rng([seed, SCATTER_STREAM])
+    scatter = rng.normal(size=curve.deviations.shape) * np.sqrt(np.nan_to_num(lacking, nan=0.0)) * whole
+    return replace(curve, deviations=curve.deviations + scatter)
 
 
 def _probe_name(benchmark: str, subset: str | None, metric: str) -> str:

@@ -10,6 +10,7 @@ library. Cost: one scan of the score parts and one matrix product per call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -65,12 +66,6 @@ class HeadSample:
         flat = values.values.transpose(1, 0, 2).reshape(n_cases, n_checkpoints * n_heads)
         mean, low, high, n = bootstrap_means(flat, self.resamples)
         null = values.null.transpose(1, 0, 2).reshape(n_cases, n_checkpoints * n_heads)
-        above_null = pl.Series([None] * flat.shape[1], dtype=pl.Boolean)
-        if not np.isnan(null).all():
-            # Paired: a score and its null come from the same cases.
-            _, lower, _, _ = bootstrap_means(flat - null, self.resamples)
-            decided = [None if np.isnan(bound) else bool(bound > 0) for bound in lower]
-            above_null = pl.Series(decided, dtype=pl.Boolean)
         repeated = values.checkpoints.select(pl.all().repeat_by(n_heads).explode())
         return repeated.with_columns(
             metric=pl.lit(values.metric),
@@ -82,9 +77,35 @@ class HeadSample:
             ci_high=pl.Series(high),
             n=pl.Series(n),
             null_score=pl.Series(mean_defined(null)[0]),
-            above_null=above_null,
+            above_null=pl.Series(
+                [None if np.isnan(bound) else bool(bound > 0) for bound in self._above_null_by.ravel()],
+                dtype=pl.Boolean,
+            ),
             ci_over=pl.lit(self.resamples.ci_over),
         )
+
+    @cached_property
+    def _above_null_by(self) -> NDArray[np.float64]:
+        """Lower end of the paired interval of score - null, `[checkpoint, head]`; NaN where there is none.
+
+        Always from the same draws: who is a retrieval head does not depend on how finely intervals are asked for.
+        """
+        values = self.values
+        n_checkpoints, n_cases, n_heads = values.values.shape
+        if np.isnan(values.null).all():
+            return np.full((n_checkpoints, n_heads), np.nan)
+        # Paired: a score and its null come from the same cases.
+        excess = (values.values - values.null).transpose(1, 0, 2).reshape(n_cases, n_checkpoints * n_heads)
+        _, lower, _, _ = bootstrap_means(excess, draw_resamples(values.clusters))
+        return lower.reshape(n_checkpoints, n_heads)
+
+    @property
+    def may_retrieve(self) -> NDArray[np.bool_]:
+        """Whether a head's null lets it be a retrieval head, `[checkpoint, head]`: not if it was measured and reached.
+
+        With the threshold on the score this is the rule of `is_retrieval_head`, for arrays.
+        """
+        return np.isnan(self._above_null_by) | (self._above_null_by > 0)
 
     def mean_of_heads(self, heads: Sequence[tuple[int, int]]) -> pl.DataFrame:
         """Mean score of a fixed set of (layer, head) at every checkpoint.
@@ -162,8 +183,9 @@ def score_table(
 
     Returns:
         Columns checkpoint, tokens_seen, stage, metric, length, layer, head, score, ci_low, ci_high, n, null_score (mean
-        of the same metric on decoy spans of the same prompts), above_null (whether the paired interval of score - null
-        lies above 0; null where no decoys were measured), ci_over; sorted by tokens_seen, layer, head. `score` is a
+        of the same metric on decoy spans of the same prompts), above_null (whether the paired 95 % interval of score -
+        null lies above 0, by 1000 resamples whatever is asked for; null where no decoys were measured), ci_over (what
+        is drawn); sorted by tokens_seen, layer, head. `score` is a
         fraction (0..1 for `retrieval`, `copy`, `needle_mass`; `wu` may pass 1), `n` the number of cases in which it is
         defined; without any the score is NaN. Checkpoints that are not scored at this length yet have no rows.
 
@@ -267,6 +289,22 @@ def is_retrieval_head(
     if rule == "above null" and "above_null" in table.columns:
         above = above & pl.col("above_null").fill_null(True)
     return table.select(above.alias("retrieves"))["retrieves"]
+
+
+def count_heads(scores: NDArray[np.float64], may_retrieve: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Number of retrieval heads along the last axis: above the threshold, of those that may be; NaN if none is defined.
+
+    Args:
+        scores: `[..., head]`, NaN where undefined.
+        may_retrieve: `HeadSample.may_retrieve`, `[..., head]`.
+
+    Example:
+        >>> count_heads(np.array([[0.3, 0.3, np.nan], [np.nan] * 3]), np.array([True, False, True]))
+        array([ 1., nan])
+    """
+    defined = ~np.isnan(scores)
+    above = (np.where(defined, scores, 0) > RETRIEVAL_THRESHOLD) & may_retrieve
+    return np.where(defined.any(axis=-1), above.sum(axis=-1), np.nan)
 
 
 def effective_top_k(top_k: int | None, n_heads: int) -> int:

@@ -15,7 +15,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.resampling import Resamples, bootstrap_means, check_bootstrap, draw_resamples
-from lccp_interp.dynamics.selection import choose, choose_mode, interference_cases, niah_cases, scored_checkpoints
+from lccp_interp.dynamics.selection import (
+    case_ids,
+    choose,
+    choose_mode,
+    interference_cases,
+    niah_cases,
+    of_known_cases,
+    scored_checkpoints,
+    warn_of_copies,
+)
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run
 
@@ -148,8 +157,11 @@ def _summarise(
 
 
 def case_measures(run: Run, mode: str) -> pl.DataFrame:
-    """What every checkpoint did in every case: columns checkpoint, case_id and those of `MEASURES`."""
-    return run.collect(
+    """What every checkpoint did in every case: columns checkpoint, case_id and those of `MEASURES`, one row each.
+
+    Warns of rows that are there twice (the last one is kept) and of rows of cases that the run does not have.
+    """
+    found = run.collect(
         run.outcomes.filter(pl.col("mode") == mode).select(
             "checkpoint",
             "case_id",
@@ -158,6 +170,10 @@ def case_measures(run: Run, mode: str) -> pl.DataFrame:
             niah_score=pl.col("greedy_exact").cast(pl.Float64) * 100,
         )
     )
+    found = of_known_cases(run, "outcomes", found, case_ids(run))
+    once = found.unique(("checkpoint", "case_id"), keep="last", maintain_order=True)
+    warn_of_copies(run, "outcomes", found.height - once.height)
+    return once
 
 
 def dense_measures(

@@ -1,8 +1,8 @@
-"""Rankings by score and how far two of them agree: membership in top lists and rank-biased overlap.
+"""Rankings by score and how far two of them agree: membership in top lists, rank-biased overlap, Jaccard by chance.
 
 Most heads of a small model score exactly 0, so ties are the rule. Nowhere does an item's number decide who is in front:
 what is given is the mean over all ways to break the ties, each ranking on its own. Beside it stands what two unrelated
-rankings would have.
+rankings, or two unrelated sets, would have.
 
 Pure functions of arrays: this module refuses to know heads and tables. Cost: `items x 260` multiplications for
 rank-biased overlap at p = 0.9.
@@ -14,6 +14,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import hypergeom
 
 from lccp_interp.schema import LccpError
 
@@ -93,3 +94,17 @@ def ranks_nothing(scores: NDArray[np.floating]) -> bool:
     """Whether the scores rank nothing: none are defined, or all are the same."""
     listed = scores[~np.isnan(scores)]
     return len(listed) == 0 or (len(listed) > 1 and bool(np.ptp(listed) == 0))
+
+
+def jaccard_by_chance(n_one: int, n_other: int, n_items: int) -> float:
+    """Expected Jaccard index of two random sets of so many of `n_items`; NaN where both are empty.
+
+    Example:
+        >>> jaccard_by_chance(1, 1, 4), jaccard_by_chance(0, 0, 4)
+        (0.25, nan)
+    """
+    if n_one + n_other == 0 or max(n_one, n_other) > n_items:
+        return math.nan
+    shared = range(max(0, n_one + n_other - n_items), min(n_one, n_other) + 1)
+    weights = hypergeom.pmf(list(shared), n_items, n_one, n_other)
+    return float(sum(weight * both / (n_one + n_other - both) for weight, both in zip(weights, shared, strict=True)))

@@ -29,7 +29,6 @@ import polars as pl
 
 from lccp_interp.dynamics.curves import (
     ANSWER_PPL,
-    CORPUS_PPL,
     INITIAL_SCORE,
     LOSS_NATS,
     NIAH_SCORE,
@@ -174,7 +173,7 @@ def saturation_records(run: Run, **options: Any) -> list[dict[str, Any]]:
 
 
 def judge(curve: MetricCurve, *, share: float = 0.95, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """One row of `saturation_table`.
+    """One row of `saturation_table`; `judge_and_fit` gives the fits too.
 
     Example:
         >>> tokens = np.array([0.0, 10, 20, 40, 80, 160, 320])
@@ -182,6 +181,26 @@ def judge(curve: MetricCurve, *, share: float = 0.95, confidence: float = 0.95, 
         ...     3 + 5 * np.exp(-tokens / 15) + 0.01 * np.cos(tokens), np.full(7, 20), np.zeros((200, 7)))
         >>> judge(curve)["verdict"]
         'saturated'
+    """
+    return judge_and_fit(curve, share=share, confidence=confidence, seed=seed)[0]
+
+
+def judge_and_fit(
+    curve: MetricCurve, *, share: float = 0.95, confidence: float = 0.95, seed: int = 0
+) -> tuple[dict[str, Any], Saturation | None]:
+    """One row of `saturation_table` and the fits it rests on, for whoever draws them.
+
+    Returns:
+        The row, and the `Saturation` of the checkpoints with a value; None where nothing was fitted: fewer than five
+        checkpoints, or all values alike.
+
+    Example:
+        >>> tokens = np.array([0.0, 10, 20, 40, 80, 160, 320])
+        >>> curve = MetricCurve("answer_ppl", 1024, None, False, tuple("abcdefg"), tokens,
+        ...     3 + 5 * np.exp(-tokens / 15) + 0.01 * np.cos(tokens), np.full(7, 20), np.zeros((200, 7)))
+        >>> row, found = judge_and_fit(curve)
+        >>> row["model"] == found.best.model
+        True
     """
     defined = np.isfinite(curve.values)
     tokens, values = curve.tokens[defined], curve.values[defined]
@@ -205,16 +224,16 @@ def judge(curve: MetricCurve, *, share: float = 0.95, confidence: float = 0.95, 
     if n == 0:
         why = ": the base has no retrieval head to follow" if curve.metric == INITIAL_SCORE else ""
         row["reason"] = f"it is undefined at all {len(curve.checkpoints)} checkpoints{why}"
-        return row
+        return row, None
     if n < MIN_CHECKPOINTS:
         has = "1 checkpoint has" if n == 1 else f"{n} checkpoints have"
         row["reason"] = f"{has} a value from the base on, at least {MIN_CHECKPOINTS} are needed{note}"
-        return row
+        return row, None
     row["slope_n"] = late_count(n)
     row["slope_p"] = trend_p_value(values[late], higher_is_better=curve.higher_is_better)
     if np.ptp(values) == 0:
         row["reason"] = f"it is {_number(values[0])} at all {n} checkpoints: there is no gain to saturate{note}"
-        return row
+        return row, None
     found = find_saturation(
         tokens,
         values,
@@ -236,12 +255,12 @@ def judge(curve: MetricCurve, *, share: float = 0.95, confidence: float = 0.95, 
         row["reason"] = f"no gain beyond noise ({gone}, p = {row['p_no_gain']:.2g}){note}"
         if p_worse < ALPHA:
             row["reason"] = f"it gets worse, {gone} (Mann-Kendall p = {p_worse:.2g}): no gain to saturate{note}"
-        return row
+        return row, found
     late_slope = median_slope(np.log(tokens[late]), values[late]) * (1 if curve.higher_is_better else -1)
     late_gain = late_slope * math.log(tokens[-1] / tokens[late][0])
     row["verdict"], reason = _verdict(row, found, float(tokens[late][0]), late_gain)
     row["reason"] = reason + note
-    return row
+    return row, found
 
 
 def _note(curve: MetricCurve, defined: np.ndarray, row: dict[str, Any]) -> str:
@@ -251,7 +270,7 @@ def _note(curve: MetricCurve, defined: np.ndarray, row: dict[str, Any]) -> str:
         more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
         base = ", so the gain counts from the fitted value there" if not defined[0] else ""
         return f"; undefined or not scored at {', '.join(missing[:MAX_NAMED])}{more}{base}"
-    if curve.metric in (ANSWER_PPL, CORPUS_PPL) and row["from"] > WIDE_PPL * row["to"] > 0:
+    if curve.metric == ANSWER_PPL and row["from"] > WIDE_PPL * row["to"] > 0:
         fold = _number(row["from"] / row["to"])
         return f"; perplexity fell {fold}-fold, so nearly all of its gain is its first fall: see the loss"
     return ""

@@ -25,6 +25,12 @@ GRID_TASKS = ("niah", "longbio")
 INTERFERENCE_TASK = "interference"
 PAPER_MODE = "teacher_forced"
 
+CORPUS_BENCHMARKS = ("corpus-ppl", "LongPPL")
+"""Benchmarks of reading long documents: they ask nothing and need no fine-tuning."""
+
+NOT_SCORES = ("key_tokens",)
+"""Metrics of those that count what was read; they say nothing of a checkpoint and are no curve."""
+
 
 def choose(what: str, got: str, known: Sequence[str], where: str) -> str:
     """Return `got` if it is one of `known`, else raise an error that lists them and suggests the nearest.
@@ -236,13 +242,17 @@ def head_values(
     mode = choose_mode(run, mode)
     length = choose_length(run, length)
     cases = niah_cases(run).filter(pl.col("length") == length)
+    all_ids = case_ids(run)
+    others = all_ids.filter(~all_ids.is_in(cases["case_id"].implode()))
     long = run.collect(
         run.scores.filter(
             pl.col("metric").is_in([metric, metric + NULL_SUFFIX]),
             pl.col("mode") == mode,
-            pl.col("case_id").is_in(cases["case_id"].implode()),
+            # Not only those of the length: rows of cases that the run does not have must not vanish in silence.
+            ~pl.col("case_id").is_in(others.implode()),
         ).select("checkpoint", "case_id", "layer", "head", "value", is_null=pl.col("metric") != metric)
     )
+    long = of_known_cases(run, "scores", long, cases["case_id"])
     if long.is_empty():
         raise LccpError(f"run {run.path} has no {metric} scores at {length} tokens in mode {mode} yet; finish scoring")
     checkpoints = _entered(run, long.group_by("checkpoint").len(), "scores")
@@ -254,11 +264,46 @@ def head_values(
     )
     both = np.full((2, checkpoints.height, cases.height, heads.height), np.nan, np.float32)
     at = [indexed[axis].to_numpy() for axis in ("is_null", "i", "j", "k")]
-    both[at[0].astype(np.int64), at[1], at[2], at[3]] = indexed["value"].to_numpy()
+    at[0] = at[0].astype(np.int64)
+    both[tuple(at)] = indexed["value"].to_numpy()
+    seen = np.zeros(both.shape, bool)
+    seen[tuple(at)] = True
+    warn_of_copies(run, "scores", len(at[0]) - int(np.count_nonzero(seen)))
     # One infinite value would make a mean of everything; it counts as undefined.
     both[np.isinf(both)] = np.nan
     clusters = np.unique(cases["cluster"].to_numpy(), return_inverse=True)[1]
     return HeadValues(metric, length, mode, checkpoints, heads.to_numpy().astype(np.int64), clusters, *both)
+
+
+def case_ids(run: Run) -> pl.Series:
+    """Ids of all cases of the run, of any task; reads no tokens."""
+    path = run.path / "cases.parquet"
+    return pl.scan_parquet(path).select("case_id").collect()["case_id"] if path.is_file() else run.cases["case_id"]
+
+
+def of_known_cases(run: Run, table: str, rows: pl.DataFrame, known: pl.Series) -> pl.DataFrame:
+    """The rows whose case_id is `known`; with a warning that counts the others, which no case explains."""
+    is_known = pl.col("case_id").is_in(known.implode())
+    strangers = rows.filter(~is_known)
+    if strangers.is_empty():
+        return rows
+    warnings.warn(
+        f"{run.path / table} holds {strangers.height} rows of cases that cases.parquet does not have "
+        f"({named(strangers['case_id'].unique().sort().to_list(), 3)}): left out; restore cases.parquet, or score into "
+        "a new folder",
+        stacklevel=1,
+    )
+    return rows.filter(is_known)
+
+
+def warn_of_copies(run: Run, table: str, n_twice: int) -> None:
+    """Warn of `n_twice` rows that tell what another row tells, too: a part was copied."""
+    if n_twice:
+        warnings.warn(
+            f"{run.path / table} holds {n_twice} rows that say the same thing as another row, or contradict it: the "
+            "one in the last part by name counts; delete the copied part",
+            stacklevel=1,
+        )
 
 
 def with_outcomes(run: Run, found: HeadValues) -> HeadValues:

@@ -1,13 +1,16 @@
 """Series over checkpoints: of a run's cheap metrics and probe results, and how two of them are put side by side.
 
-A series table is long: checkpoint, tokens_seen, name, value. Pairs are only made of the same checkpoints; one that a
-series lacks is an error unless asked for, and a value that is not finite is left out with a word about it. This module
-computes no statistic of two series. Cost: the tables of heads and outcomes, once.
+A series table is long: checkpoint, tokens_seen, name, value. Cheap is what the checkpoint itself tells, perplexities of
+long documents among it; dear is what asks for fine-tuning or a benchmark (`probe_choice.py` says which of those). Pairs
+are only made of the same checkpoints; one that a series lacks is an error unless asked for, and a value that is not
+finite is left out with a word about it. This module computes no statistic of two series. Cost: the tables of heads and
+outcomes, once.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 
 from lccp_interp.dynamics.heads import census, score_table
 from lccp_interp.dynamics.outcomes import outcome_table
+from lccp_interp.dynamics.probe_choice import corpus_series, probe_series
 from lccp_interp.dynamics.selection import choose, choose_length, choose_mode, named, run_probes, warn_of_twins
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run
@@ -23,7 +27,7 @@ from lccp_interp.store import Run
 Array = NDArray[np.float64]
 
 SERIES_COLUMNS = ("checkpoint", "tokens_seen", "name", "value")
-IMPORT_HINT = "import probe results with `lccp import probes-csv FILE --into RUN`"
+IMPORT_HINT = "make probe results with `lccp probe RUN --sft`, or import some with `lccp import FILE --into RUN`"
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ def run_series(
     stage: str | None = None,
     metric: str = "retrieval",
     mode: str | None = None,
+    probes_like: Sequence[str] | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The cheap metrics of a run at one length, and its probe results, as series tables.
 
@@ -208,15 +213,18 @@ def run_series(
             two stages.
         metric: head metric behind the census.
         mode: as in `outcome_table`.
+        probes_like: glob patterns on the names of probe series; None means one metric per benchmark and subset, and
+            the means over subsets (`probe_series`).
 
     Returns:
         cheap, probes. The cheap series are niah_score (percent), answer_ppl, n_retrieval_heads, mean_initial_score
-        (over the retrieval heads of the base checkpoint, arXiv 2604.02650, Figure 5) and mean_retrieval_score (over all
-        heads). The probe series are named benchmark/subset/length/metric, without what is not known. `probes` has no
-        rows where the run holds no probe results.
+        (over the retrieval heads of the base checkpoint, arXiv 2604.02650, Figure 5), mean_retrieval_score (over all
+        heads), and the perplexities of long documents (benchmarks `corpus-ppl` and `LongPPL`), which need no
+        fine-tuning. These and the probe series are named benchmark/subset/length/metric, without what is not known.
+        `probes` has no rows where the run holds no probe results.
 
     Raises:
-        LccpError: unknown length, stage, metric or mode; nothing scored.
+        LccpError: unknown length, stage, metric or mode; nothing scored; a pattern that matches no probe series.
 
     Warns:
         Checkpoints with identical weights: they count as several points and are one.
@@ -233,14 +241,16 @@ def run_series(
         mean_retrieval_score=pl.col("score").fill_nan(None).mean()
     )
     warn_of_twins(run, outcomes["checkpoint"].to_list())
+    results = run_probes(run)
     cheap = pl.concat(
         [
             _melted(outcomes, ("niah_score", "answer_ppl")),
             _melted(census(scores), ("n_retrieval_heads", "mean_initial_score")),
             _melted(over_heads, ("mean_retrieval_score",)),
+            corpus_series(results),
         ]
     )
-    probes = probe_series(run_probes(run))
+    probes = probe_series(results, like=probes_like)
     if stage is None:
         return cheap, probes
     tokens = _tokens_of_stage(run, stage)
@@ -259,23 +269,6 @@ def _tokens_of_stage(run: Run, stage: str) -> pl.DataFrame:
 
 def _recounted(table: pl.DataFrame, tokens: pl.DataFrame) -> pl.DataFrame:
     return table.drop("tokens_seen").join(tokens, on="checkpoint", maintain_order="left").select(SERIES_COLUMNS)
-
-
-def probe_series(probes: pl.DataFrame) -> pl.DataFrame:
-    """The series table of a run's probe results (columns as in `PROBES_SCHEMA`).
-
-    Example:
-        >>> probe_series(pl.DataFrame({"checkpoint": ["a"], "tokens_seen": [0], "benchmark": ["RULER"],
-        ...     "subset": ["qa"], "length": [None], "metric": ["accuracy"], "score": [68.7]})).row(0)
-        ('a', 0, 'RULER/qa/accuracy', 68.7)
-    """
-    name = pl.concat_str(
-        pl.col("benchmark"), pl.col("subset"), pl.col("length").cast(pl.String), pl.col("metric"),
-        separator="/", ignore_nulls=True,
-    )  # fmt: skip
-    return probes.sort("benchmark", "subset", "length", "metric", "tokens_seen").select(
-        "checkpoint", "tokens_seen", name.alias("name"), pl.col("score").cast(pl.Float64).alias("value")
-    )
 
 
 def _melted(table: pl.DataFrame, columns: tuple[str, ...]) -> pl.DataFrame:

@@ -4,8 +4,9 @@ From stored results only: a monitor that ran `n_cases` of one length is imitated
 cases with replacement, many times. Its curve is correlated with the *full* one, that of all cases at the reference
 length. What counts is the low end (the 5 % quantile over draws): a monitor is run once. Two things to know when reading
 it. The full curve is itself one of few cases, and at its own length the drawn ones are part of it: a small study
-flatters itself. And two curves with the same trend agree easily: `detrended` asks whether the monitor also sees what is
-not trend.
+flatters itself. Retrieval heads are those of the census, above the threshold and above their null; who is above the
+null is taken from all cases of a length, since a few cases cannot tell. And two curves with the same trend agree
+easily: `detrended` asks whether the monitor also sees what is not trend.
 
 The price is the tokens of the prompts per checkpoint, each run from its beginning (shared prefixes cost less), against
 the tokens that the paper's SFT probe trains on (arXiv 2604.02650: 0.25 billion, twice); a trained token costs about
@@ -24,9 +25,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.correlation import METHODS, MIN_N, TRANSFORMS, embedded, rounded, transformed
+from lccp_interp.dynamics.heads import HeadSample, count_heads
 from lccp_interp.dynamics.outcomes import case_measures, dense_measures
 from lccp_interp.dynamics.published import SFT_PROBE_EPOCHS, SFT_PROBE_TOKENS
-from lccp_interp.dynamics.resampling import mean_defined
+from lccp_interp.dynamics.resampling import draw_resamples, mean_defined
 from lccp_interp.dynamics.selection import (
     base_checkpoint,
     choose,
@@ -154,7 +156,7 @@ class _Study:
     length: int
     metric: str
     mode: str
-    read: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    read: dict[int, tuple[NDArray[np.float32], NDArray[np.bool_]]] = field(default_factory=dict)
 
     @cached_property
     def checkpoints(self) -> pl.DataFrame:
@@ -184,14 +186,24 @@ class _Study:
 
     def head_values(self, length: int) -> NDArray[np.float32]:
         """`[case, checkpoint, head]`, heads in order of layer and head; NaN where there is none."""
+        return self._heads(length)[0]
+
+    def may_retrieve(self, length: int) -> NDArray[np.bool_]:
+        """`HeadSample.may_retrieve` over the scored checkpoints, `[checkpoint, head]`."""
+        return self._heads(length)[1]
+
+    def _heads(self, length: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         if length not in self.read:
             found = head_values(self.run, metric=self.metric, length=length, mode=self.mode)
             found = with_outcomes(self.run, found)
-            places = {name: i for i, name in enumerate(self.checkpoints["checkpoint"])}
+            names = self.checkpoints["checkpoint"].to_list()
+            places = [names.index(name) for name in found.checkpoints["checkpoint"]]
             _, n_cases, n_heads = found.values.shape
-            values = np.full((n_cases, len(places), n_heads), np.nan, np.float32)
-            values[:, [places[name] for name in found.checkpoints["checkpoint"]]] = found.values.transpose(1, 0, 2)
-            self.read[length] = values
+            values = np.full((n_cases, len(names), n_heads), np.nan, np.float32)
+            values[:, places] = found.values.transpose(1, 0, 2)
+            may = np.ones((len(names), n_heads), bool)
+            may[places] = HeadSample(found, draw_resamples(found.clusters)).may_retrieve
+            self.read[length] = values, may
         return self.read[length]
 
     @cached_property
@@ -199,8 +211,9 @@ class _Study:
         """Retrieval heads of the base checkpoint at the reference length, as places among all heads, best first."""
         base = self.checkpoints["checkpoint"].to_list().index(base_checkpoint(self.checkpoints))
         scores, _ = mean_defined(self.head_values(self.length)[:, base])
-        best_first = np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
-        return best_first[: int(np.count_nonzero(scores > RETRIEVAL_THRESHOLD))].astype(np.int64)
+        retrieves = (np.nan_to_num(scores) > RETRIEVAL_THRESHOLD) & self.may_retrieve(self.length)[base]
+        best_first = np.argsort(np.where(retrieves, -scores, np.inf), kind="stable")
+        return best_first[: int(np.count_nonzero(retrieves))].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -236,7 +249,9 @@ def _rows_of(
     """All rows of one measure; the first length is the reference."""
     whole = _values(study, measure, study.length)
     heads = study.initial_heads if measure in HEAD_MEASURES else None
-    reference = _curves(whole, np.ones((1, len(whole))), measure, heads)[0]
+    is_count = measure == "n_retrieval_heads"
+    may_retrieve = study.may_retrieve(study.length) if is_count else None
+    reference = _curves(whole, np.ones((1, len(whole))), measure, heads, may_retrieve)[0]
     row = _label(measure, study.length, len(whole), heads) | _agreement(
         reference[None], reference, study.log_tokens, compare
     )
@@ -246,9 +261,10 @@ def _rows_of(
     rows = []
     for length in study.lengths:
         values = _values(study, measure, length)
+        may_retrieve = study.may_retrieve(length) if is_count else None
         for followed in _head_choices(study, measure, n_heads):
             for size in _sizes(len(values), n_cases):
-                curves = _curves(values, compare.subsets(len(values), size, length), measure, followed)
+                curves = _curves(values, compare.subsets(len(values), size, length), measure, followed, may_retrieve)
                 agreement = _agreement(curves, reference, study.log_tokens, compare)
                 rows.append(_label(measure, length, size, followed) | agreement)
     return rows
@@ -303,8 +319,17 @@ def _means(values: NDArray[np.floating], weights: Array) -> Array:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _curves(values: NDArray[np.floating], weights: Array, measure: str, heads: NDArray[np.int64] | None) -> Array:
-    """Curves `[draw, checkpoint]` of a measure over drawn cases; NaN where nothing is defined."""
+def _curves(
+    values: NDArray[np.floating],
+    weights: Array,
+    measure: str,
+    heads: NDArray[np.int64] | None,
+    may_retrieve: NDArray[np.bool_] | None,
+) -> Array:
+    """Curves `[draw, checkpoint]` of a measure over drawn cases; NaN where nothing is defined.
+
+    `heads` are followed for the mean score, `may_retrieve` `[checkpoint, head]` is asked for the count.
+    """
     if measure in OUTCOME_MEASURES:
         return _means(values, weights)
     if measure == "mean_initial_score":
@@ -316,9 +341,8 @@ def _curves(values: NDArray[np.floating], weights: Array, measure: str, heads: N
         known = ~np.isnan(scores)
         total, count = np.where(known, scores, 0).sum(axis=2), known.sum(axis=2)
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    scores = _means(values, weights)
-    number = (scores > RETRIEVAL_THRESHOLD).sum(axis=2).astype(np.float64)
-    return np.where(np.isnan(scores).all(axis=2), np.nan, number)
+    assert may_retrieve is not None
+    return count_heads(_means(values, weights), may_retrieve)
 
 
 def _agreement(curves: Array, reference: Array, log_tokens: Array, compare: _Comparison) -> dict[str, object]:

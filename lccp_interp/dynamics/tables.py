@@ -13,10 +13,52 @@ import polars as pl
 
 from lccp_interp.dynamics.births import events, lives
 from lccp_interp.dynamics.heads import HeadSample, census, head_sample, is_retrieval_head, stability
-from lccp_interp.dynamics.outcomes import outcome_table
-from lccp_interp.dynamics.selection import base_checkpoint, choose_length, choose_mode, niah_cases, with_outcomes
+from lccp_interp.dynamics.outcomes import interference_table, outcome_table
+from lccp_interp.dynamics.selection import (
+    GRID_TASKS,
+    INTERFERENCE_TASK,
+    base_checkpoint,
+    choose_length,
+    choose_mode,
+    niah_cases,
+    with_outcomes,
+)
 from lccp_interp.schema import RETRIEVAL_THRESHOLD
 from lccp_interp.store import Run
+
+INTERFERENCE_FOLDER = "interference"
+"""In a run's folder: the run that asked its checkpoints on the grid of distance and interference."""
+
+
+@dataclass(frozen=True)
+class InterferenceTables:
+    """Tables of `run`, an interference run.
+
+    Example:
+        >>> InterferenceTables(Run.open("runs/demo/interference")).cells   # doctest: +SKIP
+    """
+
+    run: Run
+
+    @cached_property
+    def mode(self) -> str:
+        """The mode whose results are read."""
+        return choose_mode(self.run, None)
+
+    @cached_property
+    def cells(self) -> pl.DataFrame:
+        """`interference_table`."""
+        return interference_table(self.run, mode=self.mode)
+
+    @cached_property
+    def checkpoints(self) -> pl.DataFrame:
+        """Columns checkpoint, tokens_seen, stage of the scored checkpoints, in order of tokens."""
+        return _checkpoints(self.cells)
+
+    @cached_property
+    def base(self) -> str:
+        """Name of the base checkpoint among them."""
+        return base_checkpoint(self.checkpoints)
 
 
 @dataclass(frozen=True)
@@ -113,7 +155,7 @@ class RunTables:
     @cached_property
     def checkpoints(self) -> pl.DataFrame:
         """Columns checkpoint, tokens_seen, stage of the scored checkpoints, in order of tokens."""
-        return self.by_length.select("checkpoint", "tokens_seen", "stage").unique().sort("tokens_seen", "checkpoint")
+        return _checkpoints(self.by_length)
 
     @cached_property
     def scored(self) -> pl.DataFrame:
@@ -124,3 +166,23 @@ class RunTables:
     def base(self) -> str:
         """Name of the base checkpoint."""
         return base_checkpoint(self.checkpoints)
+
+    @cached_property
+    def has_grid(self) -> bool:
+        """Whether the run has cases on a grid of lengths and depths, which nearly all tables are of."""
+        return bool(self.run.cases["task"].is_in(GRID_TASKS).any())
+
+    @cached_property
+    def interference(self) -> InterferenceTables | None:
+        """Tables over distance and interference: of the run itself if that is its task, else of its companion.
+
+        The companion is a run of its own in the folder `interference`; None where there is none.
+        """
+        if (self.run.cases["task"] == INTERFERENCE_TASK).any():
+            return InterferenceTables(self.run)
+        companion = self.run.path / INTERFERENCE_FOLDER
+        return InterferenceTables(Run.open(companion)) if (companion / "run.json").is_file() else None
+
+
+def _checkpoints(table: pl.DataFrame) -> pl.DataFrame:
+    return table.select("checkpoint", "tokens_seen", "stage").unique().sort("tokens_seen", "checkpoint")

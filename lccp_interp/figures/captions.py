@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import polars as pl
 
-from lccp_interp.dynamics.curves import CORPUS_TASK
+from lccp_interp.dynamics.curves import PROBE, corpus_name, metric_names
 from lccp_interp.dynamics.ranking import RBO_P
 from lccp_interp.dynamics.selection import choose
-from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.dynamics.tables import InterferenceTables, RunTables
 from lccp_interp.figures.cohorts import base_comparison, cohort
+from lccp_interp.figures.corpus_panels import corpus_panels
+from lccp_interp.figures.interference_panels import distance_rows, interference_of
 from lccp_interp.figures.life_rows import life_rows
+from lccp_interp.figures.probe_panels import MAX_PANELS, ProbePanel, probe_panels
 from lccp_interp.figures.saturation_panels import SHARE
 from lccp_interp.figures.style import format_length
 from lccp_interp.store import Run
@@ -118,8 +121,10 @@ def _saturation_curves(tables: RunTables) -> str:
     resamples = tables.sample.resamples
     at_length = tables.cases.filter(pl.col("length") == tables.head_length).height
     units = "pairs of needle and haystack" if resamples.ci_over == "clusters" else "cases"
-    documents = tables.run.cases.filter(pl.col("task") == CORPUS_TASK).height
-    corpus = f" Corpus perplexity: mean over {documents} held-out documents." if documents else ""
+    named = corpus_name(metric_names(tables.run))
+    corpus = ""
+    if named:
+        corpus = f" Corpus perplexity: mean over documents of {named.removeprefix(PROBE).rsplit(':', 1)[0]}."
     return (
         "Each metric against the tokens since the base checkpoint, on a linear axis (left) and a logarithmic one "
         "(right, the base by itself at the left end). Solid the shape that AICc chooses out of log-linear, exponential "
@@ -129,7 +134,8 @@ def _saturation_curves(tables: RunTables) -> str:
         "Mann-Kendall test of the later half of the checkpoints. "
         f"NIAH score, answer loss and heads at {format_length(tables.head_length)} tokens, "
         f"{at_length} cases per checkpoint, {_mode(tables)}. Bars: 95 % of resamples of the same cases "
-        f"({resamples.n_units} {units}).{corpus}"
+        f"({resamples.n_units} {units}); the score's are at least those of a share smoothed by one right and one wrong "
+        f"case.{corpus}"
     )
 
 
@@ -165,7 +171,93 @@ def _reference_comparison(tables: RunTables) -> str:
     )
 
 
+def _probe_scores(tables: RunTables) -> str:
+    found = probe_panels(tables)
+    panels = found[:MAX_PANELS]
+    tuned = all(panel.tuned for panel in panels)
+    how = "of checkpoints after light fine-tuning" if tuned else "of benchmarks"
+    told = "; ".join(_panel(panel) for panel in panels)
+    n_hidden = len(found) - len(panels)
+    hidden = f" {n_hidden} more {'is' if n_hidden == 1 else 'are'} not drawn." if n_hidden else ""
+    style_note = ""
+    if any(panel.benchmark.endswith("-style") for panel in panels):
+        style_note = " A benchmark called ...-style has items made after the published one's definition, not its data."
+    mean = ""
+    if any(panel.mean is not None for panel in panels):
+        mean = " Black the mean over subsets; the band is that of the mean, subsets have none."
+    return (
+        f"Results {how} against training tokens: {told}.{hidden} pass@k: any of k sampled answers is right; best@k: "
+        f"the best score of k samples, for graded answers; greedy: the mean score of the greedy answers.{mean} Bands: "
+        "95 % intervals from the standard error over items, Wilson's for shares (of yes-or-no items, as many as would "
+        f"have that error).{style_note}"
+    )
+
+
+def _panel(panel: ProbePanel) -> str:
+    n = sorted({int(count) for line in panel.lines for count in line.n if count})
+    items = "" if not n else f", n = {n[0]}" if n[0] == n[-1] else f", n = {n[0]} to {n[-1]}"
+    if panel.mean is not None and n:
+        items += f" in each of {len(panel.lines)} subsets"
+    others = ", ".join(format_length(length) for length in panel.other_lengths)
+    also = f" (the run has {others} too)" if others else ""
+    return f"{panel.name}, {panel.about}{items}{also}"
+
+
+def _corpus_ppl(tables: RunTables) -> str:
+    panels = corpus_panels(tables)
+    corpora = {}
+    for line in (line for panel in panels for line in panel.lines):
+        of = f" of {format_length(line.length)} tokens" if line.length else ""
+        corpora[line.corpus] = f"{line.corpus} ({line.n} documents{of})"
+    apart = ""
+    if len(corpora) > 1 and any(len(panel.lines) == 1 for panel in panels):
+        apart = " Corpora whose perplexities are far apart have an axis each."
+    long_ppl = ""
+    if any(panel.label == "LongPPL" for panel in panels):
+        long_ppl = (
+            " Below, LongPPL (arXiv 2410.23771): the same over the tokens that need a long context, which one "
+            "checkpoint names for all."
+        )
+    return (
+        f"Perplexity of held-out documents, mean over documents of {', '.join(corpora.values())}, against the tokens "
+        "N since the base checkpoint, on a linear axis (left) and a logarithmic one (right, the base by itself at the "
+        "left end). Lines: PPL = A log N + B (natural logarithm) by least squares, without the base. Bars: 1.96 "
+        "standard errors over documents; all checkpoints read the same ones, so changes are surer than the bars."
+        f"{apart}{long_ppl}"
+    )
+
+
+def _interference_cells(own: InterferenceTables) -> str:
+    n = sorted({int(count) for count in own.cells["n"]})
+    span = str(n[-1]) if n[0] == n[-1] else f"{n[0]} to {n[-1]}"
+    return f"{span} cases per cell, {MODE_NAMES.get(own.mode, own.mode)}"
+
+
+def _interference_heatmaps(tables: RunTables) -> str:
+    own = interference_of(tables)
+    return (
+        "Perplexity of the answer by absolute distance (tokens between the needle and the question) and interference "
+        "length (tokens of context before the needle); there is no other needle. One panel per checkpoint, one scale "
+        f"of colours. {PPL_SCALE} A cell is the mean of its samples' perplexities: {_interference_cells(own)}."
+    )
+
+
+def _interference_curves(tables: RunTables) -> str:
+    own = interference_of(tables)
+    _, distance = distance_rows(own, None)
+    return (
+        "Perplexity of the answer against the interference length (tokens of context before the needle) at an absolute "
+        f"distance of {format_length(distance)} tokens between the needle and the question, one line per checkpoint. "
+        f"{PPL_SCALE} {_interference_cells(own)}. Bands: 95 % bootstrap intervals over "
+        f"{'pairs of needle and haystack' if own.cells['ci_over'][0] == 'clusters' else 'cases'}."
+    )
+
+
 _WRITERS = {
+    "probe_scores": _probe_scores,
+    "corpus_ppl": _corpus_ppl,
+    "interference_heatmaps": _interference_heatmaps,
+    "interference_curves": _interference_curves,
     "ppl_heatmaps": _ppl_heatmaps,
     "niah_trajectory": _niah_trajectory,
     "head_heatmaps": _head_heatmaps,

@@ -11,9 +11,9 @@ import warnings
 from dataclasses import dataclass
 
 import polars as pl
-from scipy.stats import hypergeom
 
 from lccp_interp.dynamics.comparison import compare, survival
+from lccp_interp.dynamics.ranking import jaccard_by_chance
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.schema import LccpError
 
@@ -93,17 +93,3 @@ def base_comparison(tables: RunTables) -> BaseComparison:
         spearman_by_chance=pl.lit(0.0),
     )
     return BaseComparison(rows, "")
-
-
-def jaccard_by_chance(n_one: int, n_other: int, n_items: int) -> float:
-    """Expected Jaccard index of two random sets of so many of `n_items`; NaN where both are empty.
-
-    Example:
-        >>> jaccard_by_chance(1, 1, 4), jaccard_by_chance(0, 0, 4)
-        (0.25, nan)
-    """
-    if n_one + n_other == 0 or max(n_one, n_other) > n_items:
-        return math.nan
-    shared = range(max(0, n_one + n_other - n_items), min(n_one, n_other) + 1)
-    weights = hypergeom.pmf(list(shared), n_items, n_one, n_other)
-    return float(sum(weight * both / (n_one + n_other - both) for weight, both in zip(weights, shared, strict=True)))

@@ -39,6 +39,8 @@ COLOURS = {
     "birth": "#009e73",
     "death": "#cc3311",
 }
+KINDS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Colours of things without an order (Okabe and Ito)."""
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 STAGE_NAMES = {"lccp": "LCCP", "pretrain": "pretraining", "train": "training"}
@@ -99,6 +101,16 @@ def sequence_colour(scale: Sequence[str], fraction: float) -> str:
 def spread_colours(scale: Sequence[str], n: int) -> list[str]:
     """`n` colours evenly over a scale."""
     return [sequence_colour(scale, i / (n - 1) if n > 1 else 0.0) for i in range(n)]
+
+
+def kind_colours(n: int) -> list[str]:
+    """Colours of `n` things without an order; more than there are colours are all grey.
+
+    Example:
+        >>> kind_colours(2), kind_colours(9)[0]
+        (['#0072b2', '#d55e00'], '#b5b5b5')
+    """
+    return list(KINDS[:n]) if n <= len(KINDS) else ["#b5b5b5"] * n
 
 
 STRETCH_BELOW = 0.45

@@ -23,6 +23,7 @@ from lccp_interp.figures.style import (
     place_in_training,
     stage_name,
 )
+from lccp_interp.report.behaviour import corpus_section, interference_section, probes_section
 from lccp_interp.report.drawn import drawn
 from lccp_interp.report.findings import NEAR_FINAL, Finding, cautions, findings, near_final
 from lccp_interp.report.heads import comparison_section, groups_section, stability_section, survival_section
@@ -265,6 +266,9 @@ SECTIONS: tuple[tuple[Callable[[RunTables], str], str, str], ...] = (
     (survival_section, "survival", "Survival"),
     (_checkpoints, "checkpoints", "Checkpoints"),
     (saturation_section, "saturation", "Saturation"),
+    (probes_section, "probes", "After fine-tuning"),
+    (corpus_section, "corpus", "Corpus perplexity"),
+    (interference_section, "interference", "Interference"),
     (correlation_section, "correlation", "What goes together"),
     (comparison_section, "comparison", "Comparisons"),
     (groups_section, "groups", "Key/value heads"),

@@ -16,6 +16,10 @@ MIN_WIDTH_PX = {
     "depth_curves": 640,
     "head_lives": 600,
     "saturation_curves": 680,
+    "probe_scores": 680,
+    "corpus_ppl": 640,
+    "interference_heatmaps": 640,
+    "interference_curves": 520,
     "cohort_survival": 640,
 }
 """Below this a figure scrolls sideways; others go down to a phone's width."""

@@ -24,6 +24,9 @@ from lccp_interp.schema import LccpError
 
 SHARE = 0.95
 
+MAX_OPEN_ROWS = 60
+"""A longer table is folded: a click opens it."""
+
 
 def saturation_section(tables: RunTables) -> str:
     """One row per metric: the fitted curve, the tokens at 95 % of its gain, the verdict and its reason."""
@@ -59,7 +62,7 @@ def saturation_section(tables: RunTables) -> str:
         "n checkpoints that have a value.</p>"
         + drawn(tables, "saturation_curves")
         + table((*columns, "trend p", "verdict"), rows, text_columns=(0, 4, 6, 8))
-        + f'<ul class="note">{reasons}</ul>'
+        + folded(f'<ul class="note">{reasons}</ul>', len(rows), "reasons")
     )
 
 
@@ -95,9 +98,19 @@ def correlation_section(tables: RunTables) -> str:
         f'{heading}<p class="note">At {format_length(tables.head_length)} tokens. Two curves that rise always '
         "correlate in their levels; differences and residuals of the trend in log tokens ask for more. p by "
         f"permutation, q after Benjamini-Hochberg over the table.{escape(missing) if found.is_empty() else ''}</p>"
-        + table(columns, rows, text_columns=(0, 1, 2, 5), appended=_published())
+        + folded(table(columns, rows, text_columns=(0, 1, 2, 5), appended=_published()), len(rows), "correlations")
         + ("" if found.is_empty() else _in_paper_layout(tables, made))
     )
+
+
+def folded(body: str, n_rows: int, what: str) -> str:
+    """`body` as it is, or to be opened by a click where it is long.
+
+    Example:
+        >>> folded("<p>", 3, "rows"), folded("<p>", 100, "rows")
+        ('<p>', '<details><summary>All 100 rows</summary><p></details>')
+    """
+    return body if n_rows <= MAX_OPEN_ROWS else f"<details><summary>All {n_rows} {what}</summary>{body}</details>"
 
 
 def _in_paper_layout(tables: RunTables, made: pl.DataFrame) -> str:

@@ -5,18 +5,24 @@ and returns a plotly `Figure`. Text that comes from a run (names of checkpoints,
 reads a subset of HTML in labels. Cost: milliseconds beside the tables.
 """
 
+from lccp_interp.figures.interactive.behaviour import corpus_ppl, probe_scores
 from lccp_interp.figures.interactive.cohorts import cohort_survival, reference_comparison
 from lccp_interp.figures.interactive.heads import head_heatmaps, head_lives, retrieval_heads
+from lccp_interp.figures.interactive.interference import interference_curves, interference_heatmaps
 from lccp_interp.figures.interactive.levels import depth_curves, niah_trajectory, ppl_heatmaps
 from lccp_interp.figures.interactive.saturation import saturation_curves
 
 __all__ = [
     "cohort_survival",
+    "corpus_ppl",
     "depth_curves",
     "head_heatmaps",
     "head_lives",
+    "interference_curves",
+    "interference_heatmaps",
     "niah_trajectory",
     "ppl_heatmaps",
+    "probe_scores",
     "reference_comparison",
     "retrieval_heads",
     "saturation_curves",

@@ -13,7 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.dynamics.tables import InterferenceTables, RunTables
 from lccp_interp.figures import style
 
 Values = pl.Series | NDArray[np.float64]
@@ -59,7 +59,7 @@ def plain(values: Values) -> list[float | None]:
     return [None if value is None or not math.isfinite(value) else float(value) for value in values]
 
 
-def panel_titles(tables: RunTables, names: Sequence[str]) -> list[str]:
+def panel_titles(tables: RunTables | InterferenceTables, names: Sequence[str]) -> list[str]:
     tokens = dict(tables.checkpoints.select("checkpoint", "tokens_seen").iter_rows())
     shown = style.short_names(tables.checkpoints["checkpoint"].to_list(), 22)
     titles = []
@@ -83,36 +83,53 @@ def token_axis(figure: go.Figure, tables: RunTables, rows: int = 1) -> style.Tok
         showline=True, linecolor=style.INK, linewidth=1, ticks="outside", ticklen=4,
     )  # fmt: skip
     figure.update_xaxes(title={"text": scale.label, "standoff": 8}, row=rows, col=1)
+    for row in range(1, rows + 1):
+        stage_shade(figure, tables, scale, row=row, col=1)
     stage = style.last_stage(tables.checkpoints, tables.base)
     if stage is not None:
-        name, start, _ = stage
-        left = scale.at([start])[0]
-        for row in range(1, rows + 1):
-            figure.add_vrect(
-                x0=left,
-                x1=scale.limits[1],
-                fillcolor=style.STAGE_SHADE,
-                line_width=0,
-                layer="below",
-                row=row,
-                col=1,
-                exclude_empty_subplots=False,
-            )
-            figure.add_vline(
-                x=left,
-                line={"color": style.MUTED, "width": 1, "dash": "dash"},
-                row=row,
-                col=1,
-                exclude_empty_subplots=False,
-            )
         figure.add_annotation(
-            x=left, y=1, yref="y domain", yanchor="bottom", xanchor="left", showarrow=False,
-            text=f"{html.escape(style.stage_name(name))} →", font={"size": 11, "color": style.MUTED}, row=1, col=1,
+            x=scale.at([stage[1]])[0], y=1, yref="y domain", yanchor="bottom", xanchor="left", showarrow=False,
+            text=f"{html.escape(style.stage_name(stage[0]))} →", font={"size": 11, "color": style.MUTED}, row=1, col=1,
         )  # fmt: skip
     return scale
 
 
-def value_axis(figure: go.Figure, title: str, row: int, column: int = 1, **options: Any) -> None:
+def stage_shade(figure: go.Figure, tables: RunTables, scale: style.TokenAxis, *, row: int, col: int) -> None:
+    """The last stage shaded behind one panel from its base on, unless there is one stage or the axis begins there."""
+    stage = style.last_stage(tables.checkpoints, tables.base)
+    if stage is None or (left := scale.at([stage[1]])[0]) <= 0:
+        return
+    place: dict[str, Any] = {"row": row, "col": col, "exclude_empty_subplots": False}
+    figure.add_vrect(x0=left, x1=scale.limits[1], fillcolor=style.STAGE_SHADE, line_width=0, layer="below", **place)
+    figure.add_vline(x=left, line={"color": style.MUTED, "width": 1, "dash": "dash"}, **place)
+
+
+def base_gap(figure: go.Figure, gap: float | None, *, row: int, col: int) -> None:
+    """The break between the base and the rest of a logarithmic axis of tokens; nothing where `gap` is None.
+
+    `row` and `col` are those of a figure of two columns.
+    """
+    if gap is not None:
+        number = 2 * (row - 1) + col
+        figure.add_annotation(
+            x=gap, y=0, yref=f"y{number if number > 1 else ''} domain", text="//", showarrow=False, yanchor="middle",
+            bgcolor="white", borderpad=0, font={"size": 10}, row=row, col=col,
+        )  # fmt: skip
+
+
+def say_why(why: str) -> go.Figure:
+    """The reason where there is nothing to draw."""
+    figure = go.Figure(go.Scatter(x=[None], y=[None], showlegend=False))
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_annotation(
+        x=0.5, y=0.5, xref="paper", yref="paper", text=html.escape(f"n/a: {why}"), showarrow=False,
+        font={"size": 12, "color": style.MUTED},
+    )  # fmt: skip
+    return layout(figure, height=200, plot_bgcolor="white")
+
+
+def value_axis(figure: go.Figure, title: str, row: int | None, column: int | None = 1, **options: Any) -> None:
     figure.update_yaxes(
         title={"text": title, "standoff": 6}, row=row, col=column, gridcolor=GRID, zeroline=False, showline=True,
         linecolor=style.INK, linewidth=1, ticks="outside", ticklen=4, automargin=True, **options,
@@ -122,6 +139,19 @@ def value_axis(figure: go.Figure, title: str, row: int, column: int = 1, **optio
 def ppl_axis(scale: style.PplScale) -> dict[str, Any]:
     at, text = scale.ticks
     return {"range": scale.limits, "tickvals": at, "ticktext": text}
+
+
+def ppl_colours(scale: style.PplScale) -> dict[str, Any]:
+    """The colour axis of a heat map of answer perplexities."""
+    at, text = scale.ticks
+    bar = {
+        "title": {"text": "answer<br>perplexity", "font": {"size": 11}},
+        "tickvals": at,
+        "ticktext": text,
+        "thickness": 12,
+        "outlinewidth": 0,
+    }
+    return {"colorscale": colourscale(style.PERPLEXITY), "cmin": scale.low, "cmax": scale.high, "colorbar": bar}
 
 
 def checkpoint_hover(tables: RunTables, rows: pl.DataFrame) -> list[str]:
@@ -138,8 +168,8 @@ def subplot_axes(i: int) -> tuple[str, str]:
 
 
 def panel_grid(titles: Sequence[str], *, panel_height: int) -> tuple[go.Figure, int, int]:
-    """Subplots in rows of three, as many rows as it takes; returns the figure and its numbers of rows and columns."""
-    n_columns = min(3, len(titles))
+    """Subplots in rows of three (four: two of two); returns the figure and its numbers of rows and columns."""
+    n_columns = 2 if len(titles) == 4 else min(3, len(titles))
     n_rows = math.ceil(len(titles) / n_columns)
     figure = make_subplots(
         n_rows,

@@ -16,12 +16,12 @@ from lccp_interp.figures.interactive.canvas import (
     Marks,
     band,
     checkpoint_hover,
-    colourscale,
     layout,
     panel_grid,
     panel_titles,
     plain,
     ppl_axis,
+    ppl_colours,
     token_axis,
     value_axis,
 )
@@ -60,7 +60,6 @@ def ppl_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) ->
             row=i // n_columns + 1, col=i % n_columns + 1,
         )  # fmt: skip
         marks.undefined(ppl, i)
-    at, text = scale.ticks
     figure.update_xaxes(tickvals=list(range(len(lengths))), ticktext=lengths, showgrid=False, zeroline=False)
     figure.update_yaxes(
         tickvals=list(range(len(depths))), ticktext=depth_names, autorange="reversed", showgrid=False, zeroline=False
@@ -70,22 +69,7 @@ def ppl_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) ->
     for column in range(1, n_columns + 1):
         figure.update_xaxes(title_text="length (tokens)", row=n_rows, col=column)
     marks.put(figure)
-    return layout(
-        figure,
-        plot_bgcolor="white",
-        coloraxis={
-            "colorscale": colourscale(style.PERPLEXITY),
-            "cmin": scale.low,
-            "cmax": scale.high,
-            "colorbar": {
-                "title": {"text": "answer<br>perplexity", "font": {"size": 11}},
-                "tickvals": at,
-                "ticktext": text,
-                "thickness": 12,
-                "outlinewidth": 0,
-            },
-        },
-    )
+    return layout(figure, plot_bgcolor="white", coloraxis=ppl_colours(scale))
 
 
 def niah_trajectory(run: Run | RunTables) -> go.Figure:

@@ -1,4 +1,4 @@
-"""Saturation on the screen: each metric with its fitted curve, 95 % point and verdict (arXiv 2604.02650, Figure 6)."""
+"""Saturation on the screen: each metric with its fitted curve, 95 % point and verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from lccp_interp.dynamics.curves import HEAD_COUNT
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures import style
-from lccp_interp.figures.interactive.canvas import BOTTOM_LEGEND, layout, plain, value_axis
+from lccp_interp.figures.interactive.canvas import BOTTOM_LEGEND, base_gap, layout, plain, value_axis
 from lccp_interp.figures.saturation_panels import (
     VERDICT_COLOURS,
     SaturationPanel,
@@ -52,11 +52,8 @@ def saturation_curves(run: Run | RunTables) -> go.Figure:
         figure.update_xaxes(title={"text": title, "standoff": 8}, row=len(panels), col=column)
         for row, panel in enumerate(panels, start=1):
             _draw_panel(figure, panel, scale, {"row": row, "col": column})
-            if scale.gap is not None and panel.values.size:
-                figure.add_annotation(
-                    x=scale.gap, y=0, yref=f"y{2 * row} domain", text="//", showarrow=False,
-                    yanchor="middle", bgcolor="white", borderpad=0, font={"size": 10}, row=row, col=column,
-                )  # fmt: skip
+            if panel.values.size:
+                base_gap(figure, scale.gap, row=row, col=column)
     for row, panel in enumerate(panels, start=1):
         value_axis(figure, panel.label.replace("\n", "<br>") if panel.values.size else "", row)
         figure.update_yaxes(**_limits(panel), row=row)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.dynamics.tables import InterferenceTables, RunTables
 from lccp_interp.figures import style
 from lccp_interp.store import replacing
 
@@ -143,31 +143,43 @@ def ppl_ticks(axis: Any, scale: style.PplScale) -> None:
     axis.set_ticks(at, labels=text)
 
 
-def short_name(tables: RunTables, name: str) -> str:
+def short_name(tables: RunTables | InterferenceTables, name: str) -> str:
     return style.short_names(tables.checkpoints["checkpoint"].to_list(), 17)[name]
 
 
-def panel_title(tables: RunTables, name: str) -> str:
+def panel_title(tables: RunTables | InterferenceTables, name: str) -> str:
     tokens = tables.checkpoints.filter(pl.col("checkpoint") == name)["tokens_seen"][0]
     base = ", base" if name == tables.base else ""
     place = style.place_in_training(tables.checkpoints, tables.base, tokens)
     return f"{short_name(tables, name)}\n({place}{base})"
 
 
+def say_why(axis: Axes, why: str) -> None:
+    """The reason where nothing can be drawn."""
+    axis.text(0.5, 0.5, f"n/a: {why}", transform=axis.transAxes, ha="center", va="center", color=style.MUTED)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def base_gap(axis: Axes, gap: float | None) -> None:
+    """The break between the base and the rest of a logarithmic axis of tokens; nothing where `gap` is None."""
+    if gap is not None:
+        axis.text(
+            gap, 0, "//", transform=axis.get_xaxis_transform(), ha="center", va="center", fontsize=6,
+            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
+        )  # fmt: skip
+
+
 def token_axis(axes: Sequence[Axes], tables: RunTables) -> style.TokenAxis:
     """Ticks, label and the shaded last stage on axes that share x; the stage is named in the uppermost."""
     scale = style.TokenAxis.of(tables.checkpoints, tables.base)
     for axis in axes:
-        axis.set_xlim(*scale.limits)
-        axis.set_xticks(scale.tick_at, scale.tick_text)
+        token_ticks(axis, tables, scale)
     axes[-1].set_xlabel(scale.label)
     stage = style.last_stage(tables.checkpoints, tables.base)
     if stage is not None:
         name, start, _ = stage
         left = scale.at([start])[0]
-        for axis in axes:
-            axis.axvspan(left, scale.limits[1], color=style.STAGE_SHADE, zorder=0, linewidth=0)
-            axis.axvline(left, color=style.MUTED, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1)
         axes[0].text(
             left, 1.01, f" {style.stage_name(name)} →", transform=axes[0].get_xaxis_transform(),
             ha="left", va="bottom", fontsize=6.5, color=style.MUTED,
@@ -177,3 +189,13 @@ def token_axis(axes: Sequence[Axes], tables: RunTables) -> style.TokenAxis:
             ha="right", va="bottom", fontsize=6.5, color=style.MUTED,
         )  # fmt: skip
     return scale
+
+
+def token_ticks(axis: Axes, tables: RunTables, scale: style.TokenAxis) -> None:
+    """Ticks of one axis of tokens; the last stage shaded behind it from its base on, unless the axis begins there."""
+    axis.set_xlim(*scale.limits)
+    axis.set_xticks(scale.tick_at, scale.tick_text)
+    stage = style.last_stage(tables.checkpoints, tables.base)
+    if stage is not None and (left := scale.at([stage[1]])[0]) > 0:
+        axis.axvspan(left, scale.limits[1], color=style.STAGE_SHADE, zorder=0, linewidth=0)
+        axis.axvline(left, color=style.MUTED, linewidth=0.6, linestyle=(0, (4, 2)), zorder=1)

@@ -1,4 +1,4 @@
-"""Saturation on paper: each metric with its fitted curve, the 95 % point, the verdict (arXiv 2604.02650, Figure 6)."""
+"""Saturation on paper: each metric with its fitted curve, the 95 % point, the verdict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from lccp_interp.dynamics.curves import HEAD_COUNT
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures import style
-from lccp_interp.figures.paper.canvas import DOUBLE_COLUMN_INCHES, RC, canvas
+from lccp_interp.figures.paper.canvas import DOUBLE_COLUMN_INCHES, RC, base_gap, canvas
 from lccp_interp.figures.saturation_panels import (
     VERDICT_COLOURS,
     SaturationPanel,
@@ -38,7 +38,7 @@ def saturation_curves(run: Run | RunTables) -> Figure:
     The rule behind the verdicts stands in `lccp_interp.dynamics.saturation`.
 
     Example:
-        >>> save(saturation_curves(Run.open("runs/demo")), "figure6.pdf")   # doctest: +SKIP
+        >>> save(saturation_curves(Run.open("runs/demo")), "saturation.pdf")   # doctest: +SKIP
     """
     panels = saturation_panels(RunTables.of(run))
     with mpl.rc_context(RC):
@@ -73,11 +73,7 @@ def _draw_panel(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> Non
     if not panel.values.size:
         _say_why(axis, panel, scale)
         return
-    if scale.gap is not None:
-        axis.text(
-            scale.gap, 0, "//", transform=axis.get_xaxis_transform(), ha="center", va="center", fontsize=6,
-            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.6},
-        )  # fmt: skip
+    base_gap(axis, scale.gap)
     axis.yaxis.set_major_locator(MaxNLocator(4, integer=panel.metric == HEAD_COUNT))
     if panel.interval is not None:
         low, high = panel.interval
