@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lccp_interp"
 FLOW = (
     "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "parts", "store", "imports", "sweep",
-    "behaviour", "dynamics", "figures", "report", "cli",
+    "behaviour", "dynamics", "figures", "report", "demo", "cli",
 )  # fmt: skip
 MAX_LINES = 600
 
@@ -51,7 +51,23 @@ def test_every_module_says_what_it_is_and_stays_readable(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["store", "imports", "checkpoints", "tasks.niah", "dynamics", "figures", "report", "cli"]
+    "module",
+    [
+        "store",
+        "imports",
+        "checkpoints",
+        "tasks.niah",
+        "tasks.interference",
+        "tasks.longbio",
+        "tasks.ruler",
+        "tasks.mrcr",
+        "scoring.graders",
+        "dynamics",
+        "figures",
+        "report",
+        "demo",
+        "cli",
+    ],
 )
 def test_reading_tables_needs_no_torch(module):
     code = f"import sys, lccp_interp.{module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"

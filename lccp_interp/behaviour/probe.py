@@ -67,8 +67,8 @@ class ProbeStudy:
     name: str = "sft"
     tasks: tuple[str, ...] = DEFAULT_TASKS
     lengths: tuple[Length, ...] = (Length(512, 1024),)
-    samples: int = 16
-    train_samples: int = 48
+    samples: int = 20
+    train_samples: int = 12
     sft: SftRecipe | None = field(default_factory=SftRecipe)
     k: int = 3
     temperature: float = 0.7

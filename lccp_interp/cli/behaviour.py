@@ -34,10 +34,12 @@ def probe(
             "half to all of the longest length that the run's heads are scored at."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Items per task and length.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Items per task and length.")] = 20,
     k: Annotated[int, typer.Option("--k", min=0, help="Sampled answers per item, for pass@k; 0: greedy only.")] = 3,
     temperature: Annotated[float, typer.Option(help="Of the sampled answers.")] = 0.7,
-    train_samples: Annotated[int, typer.Option(min=1, help="Training items per task and length.")] = 48,
+    train_samples: Annotated[
+        int, typer.Option(min=1, help="Training items per task and length; the paper trains on 440,000 in all.")
+    ] = 12,
     epochs: Annotated[float, typer.Option(help="Passes over the training items.")] = 2.0,
     learning_rate: Annotated[
         float | None,

@@ -50,15 +50,21 @@ def demo(
     length: Annotated[int, typer.Option(help="Context length in tokens at which heads are compared.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of needles and haystacks.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Head scores only; without interference, corpora and fine-tuning.")
+    ] = False,
 ) -> None:
-    """Score the bundled trajectory, draw the figures and write the report."""
-    from lccp_interp.checkpoints import bundled_trajectory
-    from lccp_interp.cli.runs import draw, findings_of, page_of
-    from lccp_interp.sweep import score as score_run
+    """Score and probe the bundled trajectory, draw the figures and write the report.
 
-    checkpoints = bundled_trajectory()
-    with progress_bar("scoring") as progress:
-        run = score_run(checkpoints, out, samples=samples, seed=seed, device=device, progress=progress)
+    Interrupt it at any time: what is finished stays, and the same command resumes.
+    """
+    from lccp_interp.cli.runs import draw, findings_of, page_of
+    from lccp_interp.demo import run_demo
+
+    def note(text: str) -> None:
+        print(f"lccp: {text}", file=sys.stderr)
+
+    run = run_demo(out, samples=samples, seed=seed, device=device, quick=quick, bar=progress_bar, note=note)
     draw(run, out / "figures", length, ("pdf", "svg", "png"))
     path = page_of(run, None, length)
     for heading, text in findings_of(run, length):
