@@ -169,6 +169,23 @@ def tokenizer_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def common_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
+    """Hash of the tokenizer that all checkpoints share; spans hold for one tokenizer only.
+
+    Raises:
+        LccpError: two checkpoints whose tokenizers differ.
+    """
+    hashes = {checkpoint.name: tokenizer_hash(checkpoint.path) for checkpoint in checkpoints}
+    first, *rest = hashes
+    for name in rest:
+        if hashes[name] != hashes[first]:
+            raise LccpError(
+                f"checkpoints {first!r} and {name!r} have different tokenizers; put them into two run folders, "
+                "or copy one tokenizer into both if only the files differ"
+            )
+    return hashes[first]
+
+
 def bundled_trajectory() -> list[Checkpoint]:
     """The small trained trajectory that ships with the project, from its first checkpoint to its last.
 

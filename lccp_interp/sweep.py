@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lccp_interp.checkpoints import find_checkpoints, read_config, refuse_ambiguous, tokenizer_hash
+from lccp_interp.checkpoints import common_tokenizer, find_checkpoints, read_config, refuse_ambiguous
 from lccp_interp.schema import Case, CaseResult, Checkpoint, LccpError, Needle
 from lccp_interp.store import Run, RunWriter, cases_from_frame, result_frames
 from lccp_interp.tasks.decoys import N_DECOYS
@@ -196,7 +196,7 @@ def score_grid(
     execution = execution or Execution()
     chosen = select_metrics(metrics)
     report = progress or (lambda done, total, message: None)
-    tokenizer_id = _common_tokenizer(checkpoints)
+    tokenizer_id = common_tokenizer(checkpoints)
     device, dtype = resolve(execution.device, dtype, checkpoints[0].path)
     report(0, 0, "building cases")
     cases = grid.build(load_tokenizer(checkpoints[0].path))
@@ -385,19 +385,6 @@ def _resolve(checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkp
     ready.sort(key=lambda checkpoint: (checkpoint.tokens_seen, checkpoint.name))
     refuse_ambiguous(ready)
     return ready
-
-
-def _common_tokenizer(checkpoints: Sequence[Checkpoint]) -> str:
-    """Hash of the tokenizer that all checkpoints share; spans hold for one tokenizer only."""
-    hashes = {checkpoint.name: tokenizer_hash(checkpoint.path) for checkpoint in checkpoints}
-    first, *rest = hashes
-    for name in rest:
-        if hashes[name] != hashes[first]:
-            raise LccpError(
-                f"checkpoints {first!r} and {name!r} have different tokenizers; score them into two run folders, "
-                "or copy one tokenizer into both if only the files differ"
-            )
-    return hashes[first]
 
 
 def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -186,6 +186,24 @@ def test_heads_behind_fine_tuning_stand_beside_those_before(run, undisturbed, mo
         probe(run, ProbeStudy(name="base", sft=None), heads=True)
 
 
+def test_official_data_is_asked_and_not_trained_on(run, tmp_path):
+    rows = [{"index": i, "input": f"Mara enjoys chess {i}.", "outputs": ["chess"], "length": 9} for i in range(3)]
+    folder = tmp_path / "4096" / "qa_1"
+    folder.mkdir(parents=True)
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"name": "official", "lengths": (Length(256, 256),), "samples": 1, "k": 0, "data": (f"ruler:{folder}",)}
+    study = ProbeStudy(tasks=(), sft=None, **options)
+    table = probe(run, study, checkpoints=["lccp-2"])
+    assert table.select("benchmark", "subset", "length", "n").rows() == [("RULER", "qa_1", 4096, 3)]
+    assert study.config()["data"].keys() == {"ruler:qa_1"}
+    with pytest.raises(LccpError, match="official data is never trained on; name --tasks too"):
+        ProbeStudy(tasks=(), **options)
+    with pytest.raises(LccpError, match=r"official data 'helmet:x': write ruler:PATH or mrcr:PATH"):
+        ProbeStudy(data=("helmet:x",))
+    with pytest.raises(LccpError, match=r"there is nothing at .*gone"):
+        ProbeStudy(data=(f"mrcr:{tmp_path / 'gone'}",))
+
+
 def test_mistakes_are_told(run, undisturbed, make_checkpoint, tmp_path):
     with pytest.raises(LccpError, match=r"has no checkpoint 'lccp-9'; it has pretrain-0, lccp-1, lccp-2"):
         probe(run, STUDY, checkpoints=["lccp-9"])

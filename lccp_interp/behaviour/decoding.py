@@ -33,8 +33,8 @@ from transformers.cache_utils import DynamicLayer
 from lccp_interp.behaviour.sampling import cumulative, draw, uniforms
 from lccp_interp.capture.model import HookedModel
 from lccp_interp.capture.prefill import CHUNK_TOKENS, Prefill, out_of_memory, release_memory
-from lccp_interp.schema import Case, Item, LccpError, Span
-from lccp_interp.tasks.prefixes import tokens_run, walk
+from lccp_interp.schema import Item, LccpError
+from lccp_interp.tasks.prefixes import tokens_run, walk_tokens
 
 BATCH_TOKENS = 32_768
 """Tokens whose keys and values a batch holds at most (8B parameters with grouped queries: about 4 GB in bfloat16)."""
@@ -120,7 +120,7 @@ class Writer:
         self.model = model
         self.temperature, self.top_p = temperature, top_p
         self.batch_tokens, self.chunk_tokens = batch_tokens, chunk_tokens
-        self._prompts = _Prompts(model, chunk_tokens=chunk_tokens)
+        self._prompts = Prefill(model, chunk_tokens=chunk_tokens)
         self._ends = _ends(model)
         self._pads = not padding_obstacle(model)
 
@@ -153,7 +153,8 @@ class Writer:
         by_length = sorted(indices, key=lambda index: len(items[index].prompt_ids))
         if len(items) < 2:
             return by_length, False
-        visits = walk([_as_case(items[index]) for index in indices])
+        prompts = [items[index].prompt_ids for index in indices]
+        visits = walk_tokens(prompts, [len(prompt) for prompt in prompts])
         n_tokens = sum(visit.fed for visit in visits)
         worth = n_tokens - tokens_run(visits) > WORTH_SHARING * n_tokens
         if obstacle := padding_obstacle(self.model):
@@ -294,24 +295,6 @@ def _ends(model: HookedModel) -> set[int]:
     configured = getattr(model.model.generation_config, "eos_token_id", None)
     ends = {model.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return {int(end) for end in ends if end is not None}
-
-
-def _as_case(item: Item) -> Case:
-    """A prompt as the walk along the prefix tree asks for it; of a case it reads the tokens only."""
-    start = Span(0, 1)
-    return Case(item.item_id, item.benchmark, item.length, 0.0, "", "", 0, 0, item.prompt_ids, (0,), start, start)
-
-
-class _Prompts(Prefill):
-    """A prefill that hands out what it has read."""
-
-    def past(self) -> Any:
-        """The past of the prompt that was run last: its layers, which nothing here changes, or its state, for good."""
-        cache = self._cache
-        if self.model.sharing_obstacle:
-            self.forget()
-            return cache
-        return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
 
 
 class _Rows(Protocol):

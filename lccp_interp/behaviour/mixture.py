@@ -9,15 +9,19 @@ evaluation. This module refuses to know models. Cost: that of the tasks, mostly 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lccp_interp.schema import Item, LccpError
 from lccp_interp.tasks.items import MATERIALS, natural_material
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lccp_interp.tasks.items import PromptWriter
 
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -144,3 +148,55 @@ def build_mixture(
             )
             items += [replace(item, length=length.high) for item in made]
     return items
+
+
+OFFICIAL = ("ruler", "mrcr")
+"""Benchmarks whose own data can be read from files."""
+
+
+def read_official(source: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None) -> list[Item]:
+    """Items of official data, given as `ruler:PATH` (JSONL) or `mrcr:PATH` (Parquet or JSONL).
+
+    Args:
+        source: benchmark and file or folder.
+        tokenizer: of the models.
+        max_length: rows of MRCR that need more tokens are left out; RULER's files are of one length each.
+
+    Raises:
+        LccpError: an unknown benchmark, nothing there, or what `read_ruler` and `read_mrcr` say of a file.
+    """
+    benchmark, path = split_source(source)
+    if benchmark == "ruler":
+        from lccp_interp.tasks.ruler import read_ruler
+
+        return read_ruler(path, tokenizer)
+    from lccp_interp.tasks.mrcr import read_mrcr
+
+    items = read_mrcr(path, tokenizer, max_length=max_length)
+    if not items:
+        raise LccpError(f"no row of {path} fits {max_length} tokens; ask for longer --lengths")
+    return items
+
+
+def split_source(source: str) -> tuple[str, Path]:
+    """Benchmark and path of official data.
+
+    Example:
+        >>> split_source("ruler:data/4096")[0]
+        'ruler'
+    """
+    benchmark, colon, path = source.partition(":")
+    if not colon or benchmark not in OFFICIAL:
+        raise LccpError(f"official data {source!r}: write {' or '.join(f'{name}:PATH' for name in OFFICIAL)}")
+    if not Path(path).exists():
+        raise LccpError(f"official data {source!r}: there is nothing at {path}")
+    return benchmark, Path(path)
+
+
+def source_digest(source: str) -> str:
+    """SHA-256 of the files behind official data: what tells one study from another, wherever the files lie."""
+    _, path = split_source(source)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -18,9 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from lccp_interp.behaviour.mixture import DEFAULT_TASKS, Length, build_mixture, find_tasks
+from lccp_interp.behaviour.mixture import (
+    DEFAULT_TASKS,
+    Length,
+    build_mixture,
+    find_tasks,
+    read_official,
+    source_digest,
+    split_source,
+)
 from lccp_interp.behaviour.sft import SftDiverged, SftRecipe, fine_tune
-from lccp_interp.checkpoints import checkpoint_hash, find_checkpoints, tokenizer_hash
+from lccp_interp.checkpoints import checkpoint_hash, common_tokenizer, find_checkpoints
 from lccp_interp.schema import Checkpoint, Item, LccpError
 from lccp_interp.store import (
     PROBES_SCHEMA,
@@ -52,7 +60,8 @@ class ProbeStudy:
 
     Attributes:
         name: of the study in the run folder; its metrics bear it (`sft pass@3`).
-        tasks: as in `find_tasks`.
+        tasks: as in `find_tasks`; may be empty where there is official data.
+        data: official data to ask too, `ruler:PATH` or `mrcr:PATH`, all of it; never trained on.
         lengths: tokens, or bands.
         samples: items per task and length.
         train_samples: training items per task and length.
@@ -66,6 +75,7 @@ class ProbeStudy:
 
     name: str = "sft"
     tasks: tuple[str, ...] = DEFAULT_TASKS
+    data: tuple[str, ...] = ()
     lengths: tuple[Length, ...] = (Length(512, 1024),)
     samples: int = 20
     train_samples: int = 12
@@ -79,7 +89,7 @@ class ProbeStudy:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise LccpError("a probe needs a name, like sft")
-        if not self.tasks or not self.lengths:
+        if not (self.tasks or self.data) or not self.lengths:
             raise LccpError("a probe needs at least one task and one length (--tasks longbio --lengths 512-1024)")
         if self.k < 0 or self.temperature <= 0:
             raise LccpError(
@@ -90,13 +100,21 @@ class ProbeStudy:
             raise LccpError(
                 f"train_samples must be at least 1, got {self.train_samples}; leave out --sft to train none"
             )
+        if self.sft is not None and not self.tasks:
+            raise LccpError("there is nothing to fine-tune on: official data is never trained on; name --tasks too")
         find_tasks(self.tasks)
+        for source in self.data:
+            split_source(source)
 
     def config(self) -> dict[str, Any]:
         """The study as plain JSON values; equal studies have equal configs."""
         return {
             **asdict(self),
             "tasks": ["-".join(task) for task in find_tasks(self.tasks)],
+            "data": {
+                split_source(source)[0] + ":" + split_source(source)[1].name: source_digest(source)
+                for source in self.data
+            },
             "lengths": [str(length) for length in self.lengths],
             "sft": None if self.sft is None else self.sft.config(),
             "train_samples": None if self.sft is None else self.train_samples,
@@ -348,6 +366,9 @@ def _items(writer: Any, study: ProbeStudy) -> tuple[list[Item], list[Item]]:
     options: dict[str, Any] = {"seed": study.seed, "material": study.material}
     tasks = find_tasks(study.tasks)
     items = build_mixture(writer, tasks, study.lengths, samples=study.samples, split="eval", **options)
+    longest = max(length.high for length in study.lengths)
+    for source in study.data:
+        items += read_official(source, writer.tokenizer, max_length=longest)
     if study.sft is None:
         return items, []
     return items, build_mixture(writer, tasks, study.lengths, samples=study.train_samples, split="train", **options)
@@ -409,13 +430,7 @@ def find_run_checkpoints(
                 f"({row['hash'][:12]}...); restore it, or score it into a new run"
             )
         chosen.append(Checkpoint(name, path, row["tokens_seen"], row["stage"], row["stage_tokens"], row["hash"]))
-    hashes = {checkpoint.name: tokenizer_hash(checkpoint.path) for checkpoint in chosen}
-    for name, found in hashes.items():
-        if found != hashes[chosen[0].name]:
-            raise LccpError(
-                f"checkpoints {chosen[0].name!r} and {name!r} have different tokenizers; probe them in two runs, or "
-                "copy one tokenizer into both if only the files differ"
-            )
     if not chosen:
         raise LccpError(f"{run.path} has no checkpoints to probe; score some first (`lccp score`)")
+    common_tokenizer(chosen)
     return chosen

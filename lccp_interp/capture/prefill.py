@@ -61,6 +61,19 @@ class Prefill:
         """Drop the cache and its memory."""
         self._held, self._cache = self._held[:0], None
 
+    def past(self) -> Any:
+        """What the model remembers of the prompt that was run last, for going on from it elsewhere.
+
+        Returns:
+            Keys and values of each layer (None for a layer without), which nothing here changes afterwards; or, of a
+            model whose layers carry a state, its cache, which this object forgets.
+        """
+        cache = self._cache
+        if self.model.sharing_obstacle:
+            self.forget()
+            return cache
+        return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+
     @torch.inference_mode()
     def run(self, ids: Sequence[int], rows_from: int, sink: RowSink | None) -> Tensor:
         """Logits and attention rows of a prompt's last positions.

@@ -25,8 +25,14 @@ def probe(
     ] = False,
     tasks: Annotated[
         str,
-        typer.Option(help="longbio, ruler, mrcr (their usual subsets), or single ones like ruler-niah_multikey_1."),
+        typer.Option(
+            help="longbio, ruler, mrcr (their usual subsets), or single ones like ruler-vt; none with --data."
+        ),
     ] = "longbio,ruler,mrcr",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ruler:PATH|mrcr:PATH", help="Ask official data too, never trained on; may be repeated."),
+    ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -171,7 +177,8 @@ def probe(
     )
     study = ProbeStudy(
         name=name or ("sft" if sft else "base"),
-        tasks=tuple(items(tasks, "--tasks")),
+        tasks=() if tasks == "none" else tuple(items(tasks, "--tasks")),
+        data=tuple(data or ()),
         lengths=tuple(Length.parse(item) for item in items(asked, "--lengths")),
         samples=samples,
         train_samples=train_samples,

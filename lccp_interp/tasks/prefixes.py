@@ -43,13 +43,25 @@ def walk(cases: Sequence[Case]) -> list[Visit]:
         >>> [(v.index, v.kept, v.fed) for v in walk([case((1, 2, 5)), case((3, 4)), case((1, 2, 4, 6))])]
         [(2, 0, 4), (0, 2, 3), (1, 0, 2)]
     """
-    fed = [np.asarray(case.prompt_ids + case.answer_ids[:-1], dtype=np.int32) for case in cases]
+    return walk_tokens(
+        [case.prompt_ids + case.answer_ids[:-1] for case in cases], [len(case.prompt_ids) for case in cases]
+    )
+
+
+def walk_tokens(sequences: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> list[Visit]:
+    """`walk` for plain sequences of tokens; the last of the first `n_prompt` tokens of each is always run.
+
+    Example:
+        >>> [(v.index, v.kept) for v in walk_tokens([(1, 2, 5), (1, 2, 4, 6)], [3, 4])]
+        [(1, 0), (0, 2)]
+    """
+    fed = [np.asarray(ids, dtype=np.int32) for ids in sequences]
     # Big-endian bytes compare as the numbers do, and far faster than lists of them.
-    order = sorted(range(len(cases)), key=lambda index: fed[index].astype(">i4").tobytes())
+    order = sorted(range(len(fed)), key=lambda index: fed[index].astype(">i4").tobytes())
     visits = []
     before = np.empty(0, dtype=np.int32)
     for index in order:
-        kept = min(common_prefix(before, fed[index]), len(cases[index].prompt_ids) - 1)
+        kept = min(common_prefix(before, fed[index]), n_prompt[index] - 1)
         visits.append(Visit(index=index, kept=kept, fed=len(fed[index])))
         before = fed[index]
     return visits
