@@ -173,6 +173,8 @@ def _reference_comparison(tables: RunTables) -> str:
 
 def _probe_scores(tables: RunTables) -> str:
     found = probe_panels(tables)
+    if not found:
+        return "Results after fine-tuning: no score of a scored checkpoint is defined."
     panels = found[:MAX_PANELS]
     tuned = all(panel.tuned for panel in panels)
     how = "of checkpoints after light fine-tuning" if tuned else "of benchmarks"
@@ -205,6 +207,8 @@ def _panel(panel: ProbePanel) -> str:
 
 def _corpus_ppl(tables: RunTables) -> str:
     panels = corpus_panels(tables)
+    if not panels:
+        return "Perplexity of held-out documents: none is defined from the base checkpoint on."
     corpora = {}
     for line in (line for panel in panels for line in panel.lines):
         of = f" of {format_length(line.length)} tokens" if line.length else ""
