@@ -108,8 +108,8 @@ def probe_panels(tables: RunTables) -> list[ProbePanel]:
     Raises:
         LccpError: probe results of checkpoints that the run does not have.
     """
-    rows = run_probes(tables.run).filter(~pl.col("benchmark").is_in(CORPUS_BENCHMARKS))
     scored = tables.checkpoints["checkpoint"]
+    rows = run_probes(tables.run).filter(~pl.col("benchmark").is_in(CORPUS_BENCHMARKS))
     rows = rows.filter(pl.col("checkpoint").is_in(scored.implode()), pl.col("score").is_finite())
     studies = {s["name"]: s["config"].get("sft") is not None for s in tables.run.manifest.get("probe_studies", [])}
     found = [OF_A_STUDY.fullmatch(metric) for metric in rows["metric"]]

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from lccp_interp.dynamics.correlation import correlate, paper_layout
+from lccp_interp.dynamics.probe_choice import left_out
 from lccp_interp.dynamics.published import published_correlations
 from lccp_interp.dynamics.saturation import saturation_records, title
 from lccp_interp.dynamics.series import IMPORT_HINT, run_series
@@ -93,11 +94,17 @@ def correlation_section(tables: RunTables) -> str:
         for row in made.with_columns(pl.col(pl.Float64).fill_nan(None)).iter_rows(named=True)
     ]
     missing = f" The run holds no probe results, so the cheap metrics stand against each other; {IMPORT_HINT}."
+    others = len(left_out(tables.run.probes.collect(), cheap, found))
+    unused = (
+        f" One metric stands for each benchmark and subset; {others} more results are in the run "
+        "(lccp correlate --probe takes others)."
+    )
+    missing = missing if found.is_empty() else unused if others else ""
     columns = ("metric", "against", "transform", "n", "Pearson r", "95 % interval", "p", "q")
     return (
         f'{heading}<p class="note">At {format_length(tables.head_length)} tokens. Two curves that rise always '
         "correlate in their levels; differences and residuals of the trend in log tokens ask for more. p by "
-        f"permutation, q after Benjamini-Hochberg over the table.{escape(missing) if found.is_empty() else ''}</p>"
+        f"permutation, q after Benjamini-Hochberg over the table.{escape(missing)}</p>"
         + folded(table(columns, rows, text_columns=(0, 1, 2, 5), appended=_published()), len(rows), "correlations")
         + ("" if found.is_empty() else _in_paper_layout(tables, made))
     )
