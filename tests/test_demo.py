@@ -1,4 +1,4 @@
-"""The demo on tiny random checkpoints: every stage joins the run, a second call does nothing, no figure lacks anything."""
+"""The demo on tiny random checkpoints: every stage joins the run, a second call does nothing, no figure lacks data."""
 
 from __future__ import annotations
 
