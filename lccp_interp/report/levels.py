@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
 
 from lccp_interp.dynamics.correlation import correlate, paper_layout
+from lccp_interp.dynamics.curves import PROBE
 from lccp_interp.dynamics.probe_choice import left_out
 from lccp_interp.dynamics.published import published_correlations
 from lccp_interp.dynamics.saturation import saturation_records, title
@@ -38,6 +40,22 @@ def saturation_section(tables: RunTables) -> str:
             records = saturation_records(tables.run, length=tables.head_length, share=SHARE, mode=tables.read_mode)
     except LccpError as error:
         return heading + reason(tables.run, error)
+    # What the run measured itself stands open; results of benchmarks are many, and mostly short of checkpoints.
+    own = [record for record in records if not record["metric"].startswith(PROBE)]
+    others = [record for record in records if record["metric"].startswith(PROBE)]
+    made = _saturation_table(own) + (
+        f"<details><summary>{len(others)} more, from benchmarks</summary>{_saturation_table(others)}</details>"
+        if others
+        else ""
+    )
+    return (
+        f'{heading}<p class="note">Over the tokens since the base checkpoint. Log-linear, exponential and power-law '
+        "curves are fitted, AICc chooses; beside the point stands a Mann-Kendall test of the later half of the "
+        f"n checkpoints that have a value.</p>{drawn(tables, 'saturation_curves')}{made}"
+    )
+
+
+def _saturation_table(records: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
             _short_title(record),
@@ -57,14 +75,7 @@ def saturation_section(tables: RunTables) -> str:
         for record in records
     )
     columns = ("metric", "n", "from", "to", "curve", f"tokens at {100 * SHARE:g} %", "95 % interval")
-    return (
-        f'{heading}<p class="note">Over the tokens since the base checkpoint. Log-linear, exponential and power-law '
-        "curves are fitted, AICc chooses; beside the point stands a Mann-Kendall test of the later half of the "
-        "n checkpoints that have a value.</p>"
-        + drawn(tables, "saturation_curves")
-        + table((*columns, "trend p", "verdict"), rows, text_columns=(0, 4, 6, 8))
-        + folded(f'<ul class="note">{reasons}</ul>', len(rows), "reasons")
-    )
+    return table((*columns, "trend p", "verdict"), rows, text_columns=(0, 4, 6, 8)) + f'<ul class="note">{reasons}</ul>'
 
 
 def correlation_section(tables: RunTables) -> str:
@@ -153,7 +164,7 @@ def _published() -> tuple[str, list[tuple[Any, ...]]]:
     return "Published, for orientation: Hunyuan-A13B, arXiv 2604.02650, Tables 3, 4, 6 and 7", rows
 
 
-def _short_title(record: dict[str, Any]) -> str:
+def _short_title(record: Mapping[str, Any]) -> str:
     """The metric, its length and depth: the table has no room for a sentence."""
     depth = "" if record["depth_fraction"] is None else f", depth {100 * record['depth_fraction']:.4g} %"
     return record["metric"] + ("" if record["length"] is None else f", {format_length(record['length'])}") + depth
