@@ -182,7 +182,7 @@ def split_source(source: str) -> tuple[str, Path]:
     """Benchmark and path of official data.
 
     Example:
-        >>> split_source("ruler:data/4096")[0]
+        >>> split_source("ruler:.")[0]
         'ruler'
     """
     benchmark, colon, path = source.partition(":")
