@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from synthetic import write_run
+from test_cli import lccp
 
 from lccp_interp.dynamics.paired import paired_census, paired_heads
 from lccp_interp.dynamics.selection import head_values
@@ -95,3 +97,13 @@ def test_what_cannot_be_paired_is_refused(tmp_path, runs):
 
     with pytest.raises(LccpError, match=r"has 32 heads in 4 layers, .* has 16 in 2; compare runs of one architecture"):
         paired_heads(runs[0], write_run(tmp_path / "small", lengths=(256, 1024), only=(3,), change=cut))
+
+
+def test_the_command_lists_what_changed(runs, capsys, monkeypatch):
+    code, out, err = lccp(capsys, monkeypatch, "across", runs[0].path, runs[1].path, "--format", "json")
+    assert code == 0
+    rows = json.loads(out)
+    assert {row["event"] for row in rows} == {"birth", "death", "undecided"}
+    assert "pretrain-3.6M: 1 born, 1 died, " in err
+    code, out, _ = lccp(capsys, monkeypatch, "across", runs[0].path, runs[1].path, "--all", "--format", "csv")
+    assert len(out.splitlines()) == 1 + 3 * 32

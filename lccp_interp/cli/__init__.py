@@ -1,7 +1,7 @@
 """The command line.
 
-`lccp demo | score | plan | check | heads | compare | import | figures | report | correlate | budget | saturation |
-probe | organism train`.
+`lccp demo | score | plan | check | probe | heads | compare | across | import | figures | report | correlate | budget |
+saturation | organism train`.
 
 Each command parses its options, calls one function of the package and prints what came back. It refuses to compute
 anything itself. Results go to standard output (tables for people, JSON or CSV for scripts), progress and messages to

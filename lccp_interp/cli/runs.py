@@ -1,6 +1,6 @@
 """Commands that read a run folder and load no model.
 
-`heads`, `compare`, `import`, `figures`, `report`, `correlate`, `budget`, `saturation`.
+`heads`, `compare`, `across`, `import`, `figures`, `report`, `correlate`, `budget`, `saturation`.
 
 Each parses its options, calls one function of the package and prints what came back; it refuses to compute anything.
 """
@@ -145,6 +145,49 @@ def compare(
         print(f"{metric} at {comparison['length'][0]} tokens; n_heads heads, n cases", file=sys.stderr)
         comparison = comparison.drop("stage", "metric", "length")
     print_records(records(comparison), output_format)
+
+
+@app.command()
+@guarded
+def across(
+    run: RunArgument,
+    other: Annotated[
+        Path,
+        typer.Argument(metavar="OTHER", help="A run over the same cases, such as RUN/sft/sft/heads of `lccp probe`."),
+    ],
+    metric: Annotated[str, typer.Option(help="Head metric.")] = "retrieval",
+    length: LengthOption = None,
+    mode: ModeOption = None,
+    threshold: ThresholdOption = RETRIEVAL_THRESHOLD,
+    rule: RuleOption = "above-null",
+    every: Annotated[
+        bool, typer.Option("--all", help="All heads; default: those that were born, died or may have.")
+    ] = False,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Say which heads were born and died between two runs over the same cases, checkpoint by checkpoint."""
+    import polars as pl
+
+    from lccp_interp.dynamics.paired import paired_census, paired_heads
+    from lccp_interp.store import Run
+
+    table = paired_heads(
+        Run.open(run),
+        Run.open(other),
+        metric=metric,
+        length=length,
+        mode=mode,
+        threshold=threshold,
+        rule=rule.replace("-", " "),
+    )
+    shown = table if every else table.filter(pl.col("event").is_in(["birth", "death", "undecided"]))
+    print_table(shown.drop("stage", "metric") if output_format is Format.table else shown, output_format)
+    for row in paired_census(table).iter_rows(named=True):
+        print(
+            f"{row['checkpoint']}: {row['n_births']} born, {row['n_deaths']} died, {row['n_stay']} stay, "
+            f"{row['n_undecided']} undecided, of {row['n_heads']} heads",
+            file=sys.stderr,
+        )
 
 
 @app.command("import")
