@@ -13,10 +13,11 @@ import pytest
 from synthetic import checkpoints, results, write_run
 
 from lccp_interp.dynamics import RunTables, interference_table, saturation_table
+from lccp_interp.dynamics.resampling import share_interval
 from lccp_interp.figures import FIGURES, caption, draw_figures, interactive, left_out, paper
 from lccp_interp.figures.corpus_panels import corpus_panels
 from lccp_interp.figures.interference_panels import InterferenceAxis
-from lccp_interp.figures.probe_panels import ProbePanel, best_metric, interval, probe_axis, probe_panels
+from lccp_interp.figures.probe_panels import ProbePanel, best_metric, probe_axis, probe_panels
 from lccp_interp.schema import Case, LccpError, Span
 from lccp_interp.store import PROBES_SCHEMA, Run, RunWriter, append_probes, result_frames
 
@@ -242,14 +243,14 @@ def test_intervals_of_yes_or_no_items_are_wilsons() -> None:
     z, n, right = 1.96, 20, np.array([0, 7, 20])
     share = right / n
     error = np.sqrt(share * (1 - share) / (n - 1))
-    low, high = interval(share, error, np.full(3, n), 1.0)
+    low, high = share_interval(share, error, np.full(3, n), 1.0)
     for k, items in enumerate((n, n - 1, n)):  # the sample's error is that of one item less
         p = share[k]
         ends = np.roots([1 + z * z / items, -2 * p - z * z / items, p * p])
         np.testing.assert_allclose([low[k], high[k]], np.sort(ends), atol=1e-9)
-    percent = interval(100 * share, 100 * error, np.full(3, n), 100.0)
+    percent = share_interval(100 * share, 100 * error, np.full(3, n), 100.0)
     np.testing.assert_allclose(percent, (100 * low, 100 * high))
-    np.testing.assert_allclose(interval(np.array([7.0]), np.array([0.5]), np.array([0]), None), [[6.02], [7.98]])
+    np.testing.assert_allclose(share_interval(np.array([7.0]), np.array([0.5]), np.array([0]), None), [[6.02], [7.98]])
 
 
 def test_both_forms_draw_the_panels(tables: RunTables, panels: dict[str, ProbePanel]) -> None:

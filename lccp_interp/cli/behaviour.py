@@ -6,14 +6,16 @@ Each parses its options, calls one function of the package and prints what came 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lccp_interp.cli.terminal import Format, FormatOption, RunArgument, app, guarded, items, print_records, progress_bar
 from lccp_interp.schema import LccpError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 @app.command()
@@ -144,7 +146,7 @@ def probe(
                 seed=seed,
                 progress=progress,
             )
-        _print(table.to_dicts(), output_format)
+        _print(table, output_format)
         return
     if corpus:
         from lccp_interp.behaviour.corpora import probe_corpora
@@ -164,7 +166,7 @@ def probe(
                 seed=seed,
                 progress=progress,
             )
-        _print(table.to_dicts(), output_format)
+        _print(table, output_format)
         return
     asked = f"{_longest(opened) // 2}-{_longest(opened)}" if lengths is None else lengths
     recipe = SftRecipe(
@@ -204,10 +206,13 @@ def probe(
         )
     for reason in failures(opened, study.name).values():
         print(f"lccp: failed: {reason} (its results are missing; --retry tries again)", file=sys.stderr)
-    _print(table.to_dicts(), output_format)
+    _print(table, output_format)
 
 
-def _print(records: Sequence[Mapping[str, Any]], output_format: Format) -> None:
+def _print(table: pl.DataFrame, output_format: Format) -> None:
+    from lccp_interp.dynamics.probe_choice import score_records
+
+    records = score_records(table)
     if output_format is Format.table:
         records = [{key: value for key, value in record.items() if key != "tokens_seen"} for record in records]
     print_records(records, output_format)

@@ -6,7 +6,7 @@ metrics the one with the most results. Where a benchmark has several subsets the
 2604.02650 averages LongBio. Perplexities of long documents are not among them: they need no fine-tuning, so they are
 cheap series.
 
-This module refuses to know statistics. It costs nothing.
+`score_records` gives results their intervals. This module refuses to know heads. It costs nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import polars as pl
 
+from lccp_interp.dynamics.resampling import share_interval
 from lccp_interp.dynamics.selection import CORPUS_BENCHMARKS, NOT_SCORES, named
 from lccp_interp.schema import LccpError
 
@@ -148,3 +151,26 @@ def _table(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.sort("benchmark", "is_mean", "subset", "length", "metric", "tokens_seen").select(
         "checkpoint", "tokens_seen", name.alias("name"), pl.col("score").cast(pl.Float64).alias("value")
     )
+
+
+def score_records(probes: pl.DataFrame) -> list[dict[str, Any]]:
+    """Results as dictionaries with 95 % intervals (`ci_low`, `ci_high`, None where nothing is known).
+
+    Scores of 0..1 are taken as shares (`resampling.share_interval`); others have 1.96 standard errors to each side.
+
+    Args:
+        probes: columns as in `PROBES_SCHEMA`.
+
+    Example:
+        >>> rows = pl.DataFrame({"metric": ["greedy"], "score": [0.5], "n": [16], "stderr": [0.125]})
+        >>> score_records(rows)[0]["ci_low"].__round__(2)
+        0.28
+    """
+    low, high = np.full((2, probes.height), np.nan)
+    is_share = (probes["score"].is_between(0, 1) & ~probes["metric"].str.contains("ppl")).to_numpy()
+    for chosen, top in ((is_share, 1.0), (~is_share, None)):
+        part = probes.filter(pl.Series(chosen))
+        stderr = part["stderr"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        n = part["n"].fill_null(0).to_numpy()
+        low[chosen], high[chosen] = share_interval(part["score"].to_numpy(), stderr, n, top)
+    return probes.with_columns(ci_low=pl.Series(low).fill_nan(None), ci_high=pl.Series(high).fill_nan(None)).to_dicts()

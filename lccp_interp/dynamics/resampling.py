@@ -195,3 +195,38 @@ def bootstrap_means(
             block = slice(start, start + BLOCK_COLUMNS)
             low[block], high[block] = percentile_interval(resampled_means(values[:, block], resamples), resamples.level)
     return mean, low, high, n
+
+
+def share_interval(
+    score: NDArray[np.float64], stderr: NDArray[np.float64], n: NDArray[np.int64], top: float | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """95 % intervals of scores: Wilson's of a share, else 1.96 standard errors to each side.
+
+    A share's standard error says how many yes-or-no items would have it, and Wilson's interval is that of so many. It
+    stays within the scale, and where all items score alike, which leaves no standard error, it is that of `n` items
+    instead of nothing.
+
+    Args:
+        score, stderr: `[checkpoint]`, the second NaN where it is not known.
+        n: items, 0 where that is not known.
+        top: the highest score that can be; None where the score is no share.
+
+    Returns:
+        Lower and upper ends, `[checkpoint]`; NaN where nothing is known.
+
+    Example:
+        >>> low, high = share_interval(np.array([0.5, 1.0]), np.array([0.125, 0.0]), np.array([16, 16]), 1.0)
+        >>> low.round(2), high.round(2)
+        (array([0.28, 0.81]), array([0.72, 1.  ]))
+    """
+    z = 1.96
+    if top is None:
+        return score - z * stderr, score + z * stderr
+    share, error = score / top, stderr / top
+    with np.errstate(divide="ignore", invalid="ignore"):
+        alike = share * (1 - share) / error**2
+        known = (error > 0) & (share > 0) & (share < 1)
+        items = np.where(known, alike, np.where(n > 0, n, np.nan))
+    centre = (share + z**2 / (2 * items)) / (1 + z**2 / items)
+    half = z / (1 + z**2 / items) * np.sqrt(share * (1 - share) / items + z**2 / (4 * items**2))
+    return top * np.clip(centre - half, 0, 1), top * np.clip(centre + half, 0, 1)

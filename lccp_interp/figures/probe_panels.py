@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lccp_interp.dynamics.curves import LOWER_IS_BETTER
 from lccp_interp.dynamics.probe_choice import GRADED_BENCHMARK, PREFERRED, PREFERRED_OF_GRADED
+from lccp_interp.dynamics.resampling import share_interval
 from lccp_interp.dynamics.selection import CORPUS_BENCHMARKS, run_probes
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.style import TokenAxis, format_length
@@ -32,7 +33,6 @@ MAX_PANELS = 9
 MAX_SUBSETS = 6
 """More subsets than this are drawn alike, and only their mean has a name."""
 
-Z = 1.96
 OF_A_STUDY = re.compile(r"(?:(?P<study>.+) )?(?P<metric>(?P<kind>greedy|pass@|best@)(?P<k>\d*))")
 
 
@@ -191,7 +191,7 @@ def _line(subset: str, metric: str, rows: pl.DataFrame, top: float | None) -> Pr
     score = rows["score"].to_numpy()
     stderr = rows["stderr"].fill_null(math.nan).to_numpy()
     n = rows["n"].fill_null(0).to_numpy()
-    low, high = interval(score, stderr, n, top)
+    low, high = share_interval(score, stderr, n, top)
     tokens = rows["tokens_seen"].to_numpy().astype(np.float64)
     return ProbeLine(subset, metric, tuple(rows["checkpoint"]), tokens, score, stderr, n, low, high)
 
@@ -206,37 +206,5 @@ def _mean(lines: Sequence[ProbeLine], top: float | None) -> ProbeLine:
     )
     mean, error = score.mean(axis=0), np.sqrt((stderr**2).sum(axis=0)) / len(lines)
     items = np.where((n > 0).all(axis=0), n.sum(axis=0), 0)
-    low, high = interval(mean, error, items, top)
+    low, high = share_interval(mean, error, items, top)
     return ProbeLine("mean", "", tuple(shared), tokens[0], mean, error, items, low, high)
-
-
-def interval(score: Array, stderr: Array, n: NDArray[np.int64], top: float | None) -> tuple[Array, Array]:
-    """95 % intervals of scores: Wilson's of a share, else 1.96 standard errors to each side.
-
-    A share's standard error says how many yes-or-no items would have it, and Wilson's interval is that of so many. It
-    stays within the scale, and where all items score alike, which leaves no standard error, it is that of `n` items
-    instead of nothing.
-
-    Args:
-        score, stderr: `[checkpoint]`, the second NaN where it is not known.
-        n: items, 0 where that is not known.
-        top: the highest score that can be; None where the score is no share.
-
-    Returns:
-        Lower and upper ends, `[checkpoint]`; NaN where nothing is known.
-
-    Example:
-        >>> low, high = interval(np.array([0.5, 1.0]), np.array([0.125, 0.0]), np.array([16, 16]), 1.0)
-        >>> low.round(2), high.round(2)
-        (array([0.28, 0.81]), array([0.72, 1.  ]))
-    """
-    if top is None:
-        return score - Z * stderr, score + Z * stderr
-    share, error = score / top, stderr / top
-    with np.errstate(divide="ignore", invalid="ignore"):
-        alike = share * (1 - share) / error**2
-        known = (error > 0) & (share > 0) & (share < 1)
-        items = np.where(known, alike, np.where(n > 0, n, np.nan))
-    centre = (share + Z**2 / (2 * items)) / (1 + Z**2 / items)
-    half = Z / (1 + Z**2 / items) * np.sqrt(share * (1 - share) / items + Z**2 / (4 * items**2))
-    return top * np.clip(centre - half, 0, 1), top * np.clip(centre + half, 0, 1)
