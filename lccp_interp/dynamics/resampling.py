@@ -134,11 +134,17 @@ def resampled_means(values: NDArray[np.floating], resamples: Resamples) -> NDArr
     Returns:
         `[resample, column]`; NaN where a resample holds no defined value of the column.
     """
-    defined = ~np.isnan(values)
-    total = resamples.weights @ np.where(defined, values, 0).astype(np.float64)
-    if defined.all():
-        return total / resamples.weights.sum(axis=1, keepdims=True)
-    weight = resamples.weights @ defined.astype(np.float64)
+    return _means_of_rows(values, resamples).T
+
+
+def _means_of_rows(values: NDArray[np.floating], resamples: Resamples) -> NDArray[np.float64]:
+    """`resampled_means` as `[column, resample]`, contiguous: what sorting wants."""
+    columns = values.T.astype(np.float64)
+    undefined = np.isnan(columns)
+    if not undefined.any():
+        return np.asarray(columns @ resamples.weights.T / resamples.weights.sum(axis=1))
+    total = np.where(undefined, 0, columns) @ resamples.weights.T
+    weight = (~undefined).astype(np.float64) @ resamples.weights.T
     return np.where(weight > 0, total / np.where(weight > 0, weight, 1), np.nan)
 
 
@@ -152,18 +158,25 @@ def percentile_interval(
         >>> round(float(low[0])), round(float(high[0]))
         (5, 95)
     """
+    return _interval_of_rows(np.ascontiguousarray(draws.T), confidence)
+
+
+def _interval_of_rows(draws: NDArray[np.float64], confidence: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`percentile_interval` for `[column, resample]`, which it may reorder."""
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    bounds = np.full((2, draws.shape[1]), np.nan)
-    undefined = np.isnan(draws)
-    whole = ~undefined.any(axis=0)
+    bounds = np.full((2, draws.shape[0]), np.nan)
+    # One sum per row finds its NaN; rows that have some go their own way.
+    whole = ~np.isnan(draws.sum(axis=1))
+    ordered = draws if whole.all() else draws[whole]
     # Linear interpolation between order statistics, as `np.quantile` has it; sorted rows are three times as fast.
-    ordered = np.sort(np.ascontiguousarray(draws[:, whole].T), axis=1)
+    ordered.sort(axis=1)
     for bound, tail in zip(bounds, tails, strict=True):
-        place = tail * (draws.shape[0] - 1)
+        place = tail * (draws.shape[1] - 1)
         below, above = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
         bound[whole] = below + (above - below) * (place - math.floor(place))
-    for column in np.flatnonzero(~whole & ~undefined.all(axis=0)):
-        bounds[:, column] = np.quantile(draws[~undefined[:, column], column], tails)
+    for row in np.flatnonzero(~whole):
+        if (defined := draws[row][~np.isnan(draws[row])]).size:
+            bounds[:, row] = np.quantile(defined, tails)
     return bounds[0], bounds[1]
 
 
@@ -193,7 +206,7 @@ def bootstrap_means(
     if resamples.n_units >= 2:
         for start in range(0, values.shape[1], BLOCK_COLUMNS):
             block = slice(start, start + BLOCK_COLUMNS)
-            low[block], high[block] = percentile_interval(resampled_means(values[:, block], resamples), resamples.level)
+            low[block], high[block] = _interval_of_rows(_means_of_rows(values[:, block], resamples), resamples.level)
     return mean, low, high, n
 
 
