@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from lccp_interp.schema import LccpError
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from lccp_interp.behaviour.mixture import Length
+    from lccp_interp.store import Run
 
 
 @app.command()
@@ -117,96 +120,86 @@ def probe(
 
     Interrupt it at any time: finished checkpoints stay, and the same command resumes.
     """
-    from lccp_interp.behaviour.mixture import Length
     from lccp_interp.behaviour.probe import ProbeStudy, failures
     from lccp_interp.behaviour.probe import probe as probe_run
     from lccp_interp.behaviour.sft import SftRecipe
-    from lccp_interp.checkpoints import parse_count
     from lccp_interp.store import Run
 
     opened = Run.open(run)
-    names = None if only is None else items(only, "--only")
+    where: dict[str, Any] = {
+        "checkpoints": None if only is None else items(only, "--only"),
+        "folders": checkpoints,
+        "device": device,
+        "dtype": dtype,
+    }
+    if sft and (lm_eval is not None or corpus):
+        raise LccpError("--lm-eval and --corpus take the checkpoints as they are; leave out --sft")
     if lm_eval is not None:
-        from lccp_interp.behaviour.harness import probe_with_lm_eval
-
-        if sft:
-            raise LccpError("--lm-eval asks the checkpoints as they are; leave out --sft")
-        with progress_bar("lm-eval") as progress:
-            table = probe_with_lm_eval(
-                opened,
-                items(lm_eval, "--lm-eval"),
-                checkpoints=names,
-                folders=checkpoints,
-                include_path=include_path,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                progress=progress,
-            )
-        _print(table, output_format)
-        return
-    if corpus:
-        from lccp_interp.behaviour.corpora import probe_corpora
-
-        if sft:
-            raise LccpError("--corpus reads with the checkpoints as they are; leave out --sft")
-        with progress_bar("reading") as progress:
-            table = probe_corpora(
-                opened,
-                corpus,
-                length=None if lengths is None else parse_count(lengths),
-                documents=documents,
-                checkpoints=names,
-                folders=checkpoints,
-                device=device,
-                dtype=dtype,
-                seed=seed,
-                progress=progress,
-            )
-        _print(table, output_format)
-        return
-    asked = f"{_longest(opened) // 2}-{_longest(opened)}" if lengths is None else lengths
-    recipe = SftRecipe(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        method=method,
-        lora_rank=lora_rank,
-        seed=seed,
-    )
-    study = ProbeStudy(
-        name=name or ("sft" if sft else "base"),
-        tasks=() if tasks == "none" else tuple(items(tasks, "--tasks")),
-        data=tuple(data or ()),
-        lengths=tuple(Length.parse(item) for item in items(asked, "--lengths")),
-        samples=samples,
-        train_samples=train_samples,
-        sft=recipe if sft else None,
-        k=k,
-        temperature=temperature,
-        chat=chat,
-        material=material,
-        seed=seed,
-    )
-    with progress_bar("probing") as progress:
-        table = probe_run(
-            opened,
-            study,
-            checkpoints=names,
-            folders=checkpoints,
-            device=device,
-            dtype=dtype,
-            keep=keep,
-            heads=heads,
-            retry=retry,
-            progress=progress,
+        harness: dict[str, Any] = {
+            "include_path": include_path,
+            "num_fewshot": num_fewshot,
+            "limit": limit,
+            "batch_size": batch_size,
+        }
+        table = _with_lm_eval(opened, items(lm_eval, "--lm-eval"), seed=seed, **harness, **where)
+    elif corpus:
+        table = _of_corpora(opened, corpus, lengths, documents=documents, seed=seed, **where)
+    else:
+        recipe = SftRecipe(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            method=method,
+            lora_rank=lora_rank,
+            seed=seed,
         )
-    for reason in failures(opened, study.name).values():
-        print(f"lccp: failed: {reason} (its results are missing; --retry tries again)", file=sys.stderr)
+        study = ProbeStudy(
+            name=name or ("sft" if sft else "base"),
+            tasks=() if tasks == "none" else tuple(items(tasks, "--tasks")),
+            data=tuple(data or ()),
+            lengths=_lengths(opened, lengths),
+            samples=samples,
+            train_samples=train_samples,
+            sft=recipe if sft else None,
+            k=k,
+            temperature=temperature,
+            chat=chat,
+            material=material,
+            seed=seed,
+        )
+        with progress_bar("probing") as progress:
+            table = probe_run(opened, study, keep=keep, heads=heads, retry=retry, progress=progress, **where)
+        for reason in failures(opened, study.name).values():
+            print(f"lccp: failed: {reason} (its results are missing; --retry tries again)", file=sys.stderr)
     _print(table, output_format)
+
+
+def _with_lm_eval(run: Run, tasks: list[str], **options: Any) -> pl.DataFrame:
+    from lccp_interp.behaviour.harness import probe_with_lm_eval
+
+    with progress_bar("lm-eval") as progress:
+        return probe_with_lm_eval(run, tasks, progress=progress, **options)
+
+
+def _of_corpora(run: Run, corpora: list[str], length: str | None, **options: Any) -> pl.DataFrame:
+    from lccp_interp.behaviour.corpora import probe_corpora
+    from lccp_interp.checkpoints import parse_count
+
+    tokens = None if length is None else parse_count(length)
+    with progress_bar("reading") as progress:
+        return probe_corpora(run, corpora, length=tokens, progress=progress, **options)
+
+
+def _lengths(run: Run, asked: str | None) -> tuple[Length, ...]:
+    """What was asked for, or the paper's band: from half to all of the longest length of the run."""
+    from lccp_interp.behaviour.mixture import Length
+
+    if asked is not None:
+        return tuple(Length.parse(item) for item in items(asked, "--lengths"))
+    longest = run.cases["length"].max()
+    if not isinstance(longest, int):
+        raise LccpError(f"{run.path} has no cases, so no length to go by; give --lengths")
+    return (Length(max(1, longest // 2), longest),)
 
 
 def _print(table: pl.DataFrame, output_format: Format) -> None:
@@ -216,13 +209,3 @@ def _print(table: pl.DataFrame, output_format: Format) -> None:
     if output_format is Format.table:
         records = [{key: value for key, value in record.items() if key != "tokens_seen"} for record in records]
     print_records(records, output_format)
-
-
-def _longest(run: object) -> int:
-    from lccp_interp.store import Run
-
-    assert isinstance(run, Run)
-    longest = run.cases["length"].max()
-    if not isinstance(longest, int):
-        raise LccpError(f"{run.path} has no cases, so no length to go by; give --lengths")
-    return longest

@@ -167,7 +167,7 @@ def score_records(probes: pl.DataFrame) -> list[dict[str, Any]]:
         0.28
     """
     low, high = np.full((2, probes.height), np.nan)
-    is_share = (probes["score"].is_between(0, 1) & ~probes["metric"].str.contains("ppl")).to_numpy()
+    is_share = (probes["score"].is_between(0, 1) & ~probes["metric"].str.contains("ppl|key_tokens")).to_numpy()
     for chosen, top in ((is_share, 1.0), (~is_share, None)):
         part = probes.filter(pl.Series(chosen))
         stderr = part["stderr"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
