@@ -3,7 +3,7 @@
 # CPU is enough: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-EXTRAS ?= dev,train
+EXTRAS ?= dev,train,widgets
 RUN    ?= runs/demo
 BIN    := .venv/bin
 PYTEST ?= -n 2

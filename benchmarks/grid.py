@@ -37,7 +37,8 @@ def measure(say: Callable[[str], Any], *, quick: bool = False) -> dict[str, Any]
 
     from lccp_interp.capture.model import load_model
     from lccp_interp.scoring.engine import score_cases
-    from lccp_interp.scoring.metrics import METRICS
+    from lccp_interp.scoring.metrics import select_metrics
+    from lccp_interp.sweep import DEFAULT_METRICS
     from lccp_interp.tasks.prefixes import tokens_run, walk
 
     model = load_model(CHECKPOINT, device="cpu")
@@ -45,14 +46,15 @@ def measure(say: Callable[[str], Any], *, quick: bool = False) -> dict[str, Any]
     cases = build(model.tokenizer, lengths)
     visits = walk(cases)
     results: dict[str, Any] = {}
+    metrics = select_metrics(DEFAULT_METRICS)
 
     def score(way: str) -> None:
-        results[way] = score_cases(model, cases, METRICS, **WAYS[way])
+        results[way] = score_cases(model, cases, metrics, **WAYS[way])
 
     def clock(way: str) -> Callable[[], float]:
         return lambda: timing.seconds(lambda: score(way))
 
-    score_cases(model, cases[:4], METRICS)
+    score_cases(model, cases[:4], metrics)
     rounds = timing.interleave({way: clock(way) for way in WAYS}, 2 if quick else ROUNDS)
     n_naive, n_shared = sum(visit.fed for visit in visits), tokens_run(visits)
     pairs = list(zip(results["naive"], results["shared"], strict=True))
@@ -71,7 +73,7 @@ def measure(say: Callable[[str], Any], *, quick: bool = False) -> dict[str, Any]
         "time_ratio": timing.ratio(rounds, "shared", "naive"),
         "largest_score_difference": {
             metric: max(float(np.abs(one.scores[metric] - other.scores[metric]).max()) for one, other in pairs)
-            for metric in METRICS
+            for metric in metrics
         },
         "other_answers": sum(one.greedy_ids != other.greedy_ids for one, other in pairs),
         "highest_score": max(float(one.scores["retrieval"].max()) for one, _ in pairs),

@@ -36,13 +36,25 @@ _HOMES = {
     "Prefill": "capture.prefill",
     "self_check": "capture.selfcheck",
     "METRICS": "scoring.metrics",
+    "HeadMetric": "scoring.metrics",
+    "register_metric": "scoring.metrics",
     "AttentionRows": "scoring.metrics",
     "score_cases": "scoring.engine",
     "score_generated": "scoring.generate",
+    "head_types": "scoring.types",
     "plan_study": "plan",
     "score": "sweep",
     "score_grid": "sweep",
     "Run": "store",
+    "ablate_heads": "interventions.causal",
+    "zero_heads": "interventions.hooks",
+    "scale_heads": "interventions.hooks",
+    "replace_heads": "interventions.hooks",
+    "patch_heads": "interventions.hooks",
+    "mask_span": "interventions.hooks",
+    "head_outputs": "interventions.hooks",
+    "mean_outputs": "interventions.hooks",
+    "patch_paths": "interventions.paths",
     "fine_tune": "behaviour.sft",
     "answer_items": "behaviour.evaluate",
     "probe": "behaviour.probe",
@@ -62,8 +74,11 @@ _HOMES = {
     "compare": "dynamics",
     "survival": "dynamics",
     "by_kv_head": "dynamics",
+    "metric_agreement": "dynamics",
     "saturation_table": "dynamics",
     "deceptive_saturation": "dynamics",
+    "causal_table": "dynamics",
+    "important_from": "dynamics",
     "correlate": "dynamics",
     "budget": "dynamics",
     "draw_figures": "figures",
@@ -84,13 +99,16 @@ if TYPE_CHECKING:
     from lccp_interp.checkpoints import find_checkpoints as find_checkpoints
     from lccp_interp.dynamics import budget as budget
     from lccp_interp.dynamics import by_kv_head as by_kv_head
+    from lccp_interp.dynamics import causal_table as causal_table
     from lccp_interp.dynamics import census as census
     from lccp_interp.dynamics import compare as compare
     from lccp_interp.dynamics import correlate as correlate
     from lccp_interp.dynamics import deceptive_saturation as deceptive_saturation
     from lccp_interp.dynamics import head_records as head_records
+    from lccp_interp.dynamics import important_from as important_from
     from lccp_interp.dynamics import interference_table as interference_table
     from lccp_interp.dynamics import lives as lives
+    from lccp_interp.dynamics import metric_agreement as metric_agreement
     from lccp_interp.dynamics import outcome_table as outcome_table
     from lccp_interp.dynamics import paired_heads as paired_heads
     from lccp_interp.dynamics import saturation_table as saturation_table
@@ -101,6 +119,15 @@ if TYPE_CHECKING:
     from lccp_interp.imports import import_heads as import_heads
     from lccp_interp.imports import import_probes as import_probes
     from lccp_interp.imports import read_heads as read_heads
+    from lccp_interp.interventions.causal import ablate_heads as ablate_heads
+    from lccp_interp.interventions.hooks import head_outputs as head_outputs
+    from lccp_interp.interventions.hooks import mask_span as mask_span
+    from lccp_interp.interventions.hooks import mean_outputs as mean_outputs
+    from lccp_interp.interventions.hooks import patch_heads as patch_heads
+    from lccp_interp.interventions.hooks import replace_heads as replace_heads
+    from lccp_interp.interventions.hooks import scale_heads as scale_heads
+    from lccp_interp.interventions.hooks import zero_heads as zero_heads
+    from lccp_interp.interventions.paths import patch_paths as patch_paths
     from lccp_interp.plan import plan_study as plan_study
     from lccp_interp.report import write_report as write_report
     from lccp_interp.schema import Case as Case
@@ -113,6 +140,9 @@ if TYPE_CHECKING:
     from lccp_interp.scoring.generate import score_generated as score_generated
     from lccp_interp.scoring.metrics import METRICS as METRICS
     from lccp_interp.scoring.metrics import AttentionRows as AttentionRows
+    from lccp_interp.scoring.metrics import HeadMetric as HeadMetric
+    from lccp_interp.scoring.metrics import register_metric as register_metric
+    from lccp_interp.scoring.types import head_types as head_types
     from lccp_interp.store import Run as Run
     from lccp_interp.sweep import score as score
     from lccp_interp.sweep import score_grid as score_grid

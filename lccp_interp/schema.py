@@ -57,6 +57,10 @@ class Span:
     def __len__(self) -> int:
         return self.end - self.start
 
+    def shifted(self, by: int) -> Span:
+        """The range `by` positions further on."""
+        return Span(self.start + by, self.end + by)
+
     def __contains__(self, position: object) -> bool:
         return isinstance(position, int) and self.start <= position < self.end
 
@@ -138,7 +142,8 @@ class Case:
     `prompt_ids` holds every token up to and including the answer cue, `answer_ids` what should follow; together they
     are `length` tokens. `needle` and `source` are positions in `prompt_ids`; *source* is the part of the needle that
     the answer copies. `distance` (tokens between needle and question) and `interference` (tokens of context before the
-    needle) are what a grid of them asks for; None in other tasks.
+    needle) are what a grid of them asks for; None in other tasks. `question` are the positions of the question's own
+    tokens, without the words around it; None where they are not known (runs made before they were kept).
     """
 
     case_id: str
@@ -155,6 +160,7 @@ class Case:
     source: Span
     distance: int | None = None
     interference: int | None = None
+    question: Span | None = None
 
     def __post_init__(self) -> None:
         if not self.answer_ids:
@@ -163,6 +169,12 @@ class Case:
             raise SpanError(
                 f"case {self.case_id}: source {self.source} must lie in needle {self.needle} "
                 f"within a prompt of {len(self.prompt_ids)} tokens"
+            )
+        asked = self.question
+        if asked is not None and not self.needle.end <= asked.start < asked.end <= len(self.prompt_ids):
+            raise SpanError(
+                f"case {self.case_id}: question {asked} must follow needle {self.needle} within a prompt of "
+                f"{len(self.prompt_ids)} tokens"
             )
 
 

@@ -54,9 +54,13 @@ CASES_SCHEMA: dict[str, Any] = {
     "source_end": pl.Int64,
     "distance": pl.Int64,
     "interference": pl.Int64,
+    "question_start": pl.Int64,
+    "question_end": pl.Int64,
 }
 TASK_COLUMNS = ("distance", "interference")
 """Columns of cases that belong to one task: null in the others, and not there in runs made before that task was."""
+QUESTION_COLUMNS = ("question_start", "question_end")
+"""Where the question stands: null where it is not known, and not there in runs made before it was kept."""
 
 SCORES_SCHEMA: dict[str, Any] = {
     "checkpoint": pl.String,
@@ -103,7 +107,6 @@ PROBE_KEY = ("checkpoint", "benchmark", "subset", "length", "metric")
 """What a probe result is of; a run holds one score for each."""
 
 PROVENANCE_PACKAGES = ("lccp_interp", "torch", "transformers", "tokenizers", "numpy", "polars", "safetensors")
-
 
 ORPHAN_AGE_S = 3600
 """A temporary file older than this belongs to nobody who is still writing."""
@@ -217,6 +220,7 @@ def cases_frame(cases: Sequence[Case]) -> pl.DataFrame:
             "source_start": case.source.start,
             "source_end": case.source.end,
             **{name: getattr(case, name) for name in TASK_COLUMNS},
+            **{name: getattr(case.question, name.removeprefix("question_"), None) for name in QUESTION_COLUMNS},
         }
         for case in cases
     ]
@@ -240,6 +244,7 @@ def cases_from_frame(frame: pl.DataFrame) -> list[Case]:
             needle=Span(row["needle_start"], row["needle_end"]),
             source=Span(row["source_start"], row["source_end"]),
             **{name: row.get(name) for name in TASK_COLUMNS},
+            question=None if row.get("question_start") is None else Span(row["question_start"], row["question_end"]),
         )
         for row in frame.iter_rows(named=True)
     ]
@@ -369,14 +374,15 @@ class Run:
 
     @property
     def cases(self) -> pl.DataFrame:
-        """All cases, columns as in `CASES_SCHEMA`; those of other tasks (`TASK_COLUMNS`) are null."""
+        """All cases, columns as in `CASES_SCHEMA`; null where a task or an older run has none."""
         path = self.path / "cases.parquet"
         if not path.is_file():
             raise LccpError(f"run {self.path} has no cases.parquet; score into a new folder")
-        columns_of(path, [name for name in CASES_SCHEMA if name not in TASK_COLUMNS], RESTORE)
+        later = (*TASK_COLUMNS, *QUESTION_COLUMNS)
+        columns_of(path, [name for name in CASES_SCHEMA if name not in later], RESTORE)
         frame = collect(pl.scan_parquet(path), [path], RESTORE)
-        older = [pl.lit(None, CASES_SCHEMA[name]).alias(name) for name in TASK_COLUMNS if name not in frame.columns]
-        return frame.with_columns(older)
+        older = [pl.lit(None, CASES_SCHEMA[name]).alias(name) for name in later if name not in frame.columns]
+        return frame.with_columns(older).select(*CASES_SCHEMA, pl.exclude(CASES_SCHEMA))
 
     @property
     def scores(self) -> pl.LazyFrame:
@@ -531,7 +537,11 @@ class RunWriter:
         if not is_whole(self.path / "cases.parquet"):
             # Killed between run.json and the cases, which follow from the config.
             self._write_cases(frame)
-        elif not Run(self.path, self.manifest).cases.equals(frame):
+            return
+        held = Run(self.path, self.manifest).cases
+        # A run that does not say where its questions stand may be resumed.
+        unknown = [name for name in QUESTION_COLUMNS if held[name].is_null().all()]
+        if not held.drop(unknown).equals(frame.drop(unknown)):
             raise LccpError(
                 f"{self.path} holds other cases under the same options (another version of lccp_interp wrote it?); "
                 "choose another --out"

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lccp_interp.checkpoints import common_tokenizer, find_checkpoints, read_config, refuse_ambiguous
+from lccp_interp.checkpoints import (
+    checkpoint_hash,
+    common_tokenizer,
+    find_checkpoints,
+    read_config,
+    refuse_ambiguous,
+)
 from lccp_interp.schema import Case, CaseResult, Checkpoint, LccpError, Needle
 from lccp_interp.store import Run, RunWriter, cases_from_frame, result_frames
 from lccp_interp.tasks.decoys import N_DECOYS
@@ -84,8 +90,9 @@ def score(
     haystack: str | None = None,
     prompt: str | None = None,
     chat: bool = False,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: Sequence[str] | Mapping[str, Any] = DEFAULT_METRICS,
     mode: str = "teacher_forced",
+    backend: str = "transformers",
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -107,8 +114,11 @@ def score(
         haystack: text to hide them in; None writes it in the organism's language.
         prompt: `paper`, `wu`, or a template with `{context}` and `{question}`; None for the paper's form.
         chat: whether prompts stand in the tokenizer's chat template.
-        metrics: names out of `lccp_interp.scoring.metrics.METRICS`.
+        metrics: names out of `lccp_interp.scoring.metrics.METRICS`; or a mapping of names to functions of one's own or
+            `HeadMetric`s.
         mode: `teacher_forced` (arXiv 2604.02650) or `generate` (arXiv 2404.15574: greedy decoding, ROUGE-1 gate).
+        backend: whose attention is scored: `transformers` (our tap), `transformer_lens` or `nnsight`; part of the
+            study. The latter two know one mode, `teacher_forced`, and run every prompt whole.
         seed: of needles, haystacks and their order.
         device: `auto`, `cpu`, `cuda`, ...; see `load_model`.
         dtype: `auto`, `float32`, `bfloat16`, `float16`; see `load_model`.
@@ -146,6 +156,7 @@ def score(
         grid,
         metrics=metrics,
         mode=mode,
+        backend=backend,
         dtype=dtype,
         execution=execution,
         progress=progress,
@@ -157,8 +168,9 @@ def score_grid(
     out: str | Path,
     grid: CaseGrid,
     *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: Sequence[str] | Mapping[str, Any] = DEFAULT_METRICS,
     mode: str = "teacher_forced",
+    backend: str = "transformers",
     dtype: str = "auto",
     execution: Execution | None = None,
     progress: Progress | None = None,
@@ -171,6 +183,7 @@ def score_grid(
         grid: whatever is a `lccp_interp.tasks.grids.CaseGrid`.
         metrics: as in `score`.
         mode: as in `score`.
+        backend: as in `score`.
         dtype: as in `score`.
         execution: how the work is done; None for the defaults.
         progress: as in `score`.
@@ -188,18 +201,20 @@ def score_grid(
     from lccp_interp.capture.model import load_model, load_tokenizer, resolve
     from lccp_interp.capture.prefill import release_memory
     from lccp_interp.scoring.generate import MAX_NEW_TOKENS
-    from lccp_interp.scoring.metrics import select_metrics
+    from lccp_interp.scoring.metrics import check_cases, select_metrics
 
     if mode not in MODES:
         raise LccpError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-    checkpoints = _resolve(checkpoints)
     execution = execution or Execution()
+    _check_backend(backend, mode, execution)
+    checkpoints = _resolve(checkpoints)
     chosen = select_metrics(metrics)
     report = progress or (lambda done, total, message: None)
     tokenizer_id = common_tokenizer(checkpoints)
     device, dtype = resolve(execution.device, dtype, checkpoints[0].path)
     report(0, 0, "building cases")
     cases = grid.build(load_tokenizer(checkpoints[0].path))
+    check_cases(cases, chosen)
     longest = max(case.length for case in cases)
     for checkpoint in checkpoints:
         _check_lengths(checkpoint, longest, MAX_NEW_TOKENS if mode == "generate" else 0)
@@ -208,7 +223,7 @@ def score_grid(
         **grid.config(),
         "mode": mode,
         "metrics": list(chosen),
-        "backend": "transformers",
+        "backend": backend,
         "dtype": dtype,
         "tokenizer": tokenizer_id,
         "decoys": N_DECOYS,
@@ -216,7 +231,7 @@ def score_grid(
     }
     writer = RunWriter(out, config, cases)
     writer.add_checkpoints(checkpoints)
-    work = _Work(writer, cases, chosen, mode, execution, report)
+    work = _Work(writer, cases, chosen, execution, report)
     work.plan(checkpoints)
     cache_fault: str | None = None
     for checkpoint in checkpoints:
@@ -270,17 +285,64 @@ def score_like(
 
     execution = execution or Execution()
     cases = cases_from_frame(run.cases)
-    mode = str(run.config["mode"])
     writer = RunWriter(out, {**run.config, "change": change}, cases)
     writer.add_checkpoints([replace(checkpoint, hash=None)])
     report = progress or (lambda done, total, message: None)
-    work = _Work(writer, cases, select_metrics(run.config["metrics"]), mode, execution, report)
+    work = _Work(writer, cases, select_metrics(run.config["metrics"]), execution, report)
     work.plan([checkpoint])
     if work.open_units(checkpoint):
         fault = _prove(model, writer, execution)
         work.do(replace(model, cache_fault=fault), checkpoint)
     work.tell("done", whole=True)
     return Run.open(out)
+
+
+def find_run_checkpoints(
+    run: Run, names: Sequence[str] | None, folders: Sequence[str | Path] | None
+) -> list[Checkpoint]:
+    """Checkpoints of a run, found on disk, with the weights that the run knows.
+
+    Args:
+        run: an opened run.
+        names: of the checkpoints asked for; None means all.
+        folders: where the checkpoints are now, if not where run.json says: folders of checkpoints, matched by name.
+
+    Raises:
+        LccpError: a name that the run does not have, a checkpoint that is not there or has other weights, or several
+            tokenizers.
+
+    Example:
+        >>> find_run_checkpoints(Run.open("runs/demo"), ["18-lccp-2.62M"], None)   # doctest: +SKIP
+    """
+    known = {row["name"]: row for row in run.checkpoints.iter_rows(named=True)}
+    for name in names or ():
+        if name not in known:
+            raise LccpError(f"{run.path} has no checkpoint {name!r}; it has {', '.join(known)}")
+    elsewhere: dict[str, Path] = {}
+    if folders:
+        # Folders that were moved out of their trajectory may not tell their tokens; the run does.
+        places = [place for folder in map(Path, folders) for place in (folder, *folder.glob("*/"))]
+        tokens = {name: row["tokens_seen"] for name, row in known.items() if name in {place.name for place in places}}
+        elsewhere = {found.name: found.path for found in find_checkpoints(list(folders), tokens=tokens)}
+    chosen = []
+    for name, row in known.items():
+        if names is not None and name not in names:
+            continue
+        path = elsewhere.get(name, Path(row["path"]))
+        if not path.is_dir():
+            raise LccpError(
+                f"checkpoint {name!r} of {run.path} is no longer at {path}; say where it is with --checkpoints DIR"
+            )
+        if row["hash"] is not None and checkpoint_hash(path) != row["hash"]:
+            raise LccpError(
+                f"checkpoint {name!r} at {path} has other weights than those scored in {run.path} "
+                f"({row['hash'][:12]}...); restore it, or score it into a new run"
+            )
+        chosen.append(Checkpoint(name, path, row["tokens_seen"], row["stage"], row["stage_tokens"], row["hash"]))
+    if not chosen:
+        raise LccpError(f"{run.path} has no checkpoints; score some first (`lccp score`)")
+    common_tokenizer(chosen)
+    return chosen
 
 
 class _Work:
@@ -291,12 +353,11 @@ class _Work:
         writer: RunWriter,
         cases: Sequence[Case],
         metrics: dict[str, HeadMetric],
-        mode: str,
         execution: Execution,
         report: Progress,
     ) -> None:
-        self._writer, self._metrics, self._mode = writer, metrics, mode
-        self._execution, self._report = execution, report
+        self._writer, self._metrics, self._execution, self._report = writer, metrics, execution, report
+        self._mode, self._backend = str(writer.config["mode"]), str(writer.config["backend"])
         self._answers = {case.case_id: case.answer_ids for case in cases}
         self._shards = [cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases), CASES_PER_SHARD)]
         self._done = self._total = 0
@@ -327,26 +388,41 @@ class _Work:
             self.tell(checkpoint.name)
 
         for unit in self.open_units(checkpoint):
-            results = _score(model, unit.cases, self._metrics, self._mode, self._execution, advance)
+            results = self._score(model, unit.cases, advance)
             scores, outcomes = result_frames(checkpoint, self._mode, results, self._answers)
             self._writer.append(checkpoint.name, unit.shard, scores=scores, outcomes=outcomes)
 
+    def _score(self, model: HookedModel, cases: Sequence[Case], advance: Callable[[int], None]) -> list[CaseResult]:
+        from lccp_interp.scoring.engine import score_cases
+        from lccp_interp.scoring.generate import score_generated
 
-def _score(
-    model: HookedModel,
-    cases: Sequence[Case],
-    metrics: dict[str, HeadMetric],
-    mode: str,
-    execution: Execution,
-    advance: Callable[[int], None],
-) -> list[CaseResult]:
-    from lccp_interp.scoring.engine import score_cases
-    from lccp_interp.scoring.generate import score_generated
+        chunk_tokens = self._execution.chunk_tokens
+        if self._mode == "generate":
+            return score_generated(model, cases, self._metrics, chunk_tokens=chunk_tokens, on_tokens=advance)
+        sharing: Any = self._execution.sharing
+        return score_cases(
+            model,
+            cases,
+            self._metrics,
+            sharing=sharing,
+            chunk_tokens=chunk_tokens,
+            backend=self._backend,
+            on_tokens=advance,
+        )
 
-    if mode == "generate":
-        return score_generated(model, cases, metrics, chunk_tokens=execution.chunk_tokens, on_tokens=advance)
-    sharing: Any = execution.sharing
-    return score_cases(model, cases, metrics, sharing=sharing, chunk_tokens=execution.chunk_tokens, on_tokens=advance)
+
+def _check_backend(backend: str, mode: str, execution: Execution) -> None:
+    """Refuse what other libraries do not do here."""
+    from lccp_interp.capture.views import LIBRARIES, OWN, check_backend
+
+    if check_backend(backend) == OWN:
+        return
+    if mode != "teacher_forced":
+        raise LccpError(
+            f"backend {backend!r} scores --mode teacher_forced only, got {mode!r}; use backend {OWN!r} for it"
+        )
+    if execution.sharing == "on":
+        raise LccpError(f"{LIBRARIES[backend]} runs every prompt whole; leave out --sharing on, or use backend {OWN!r}")
 
 
 def _prove(model: HookedModel, writer: RunWriter, execution: Execution) -> str:

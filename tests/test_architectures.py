@@ -27,7 +27,7 @@ from lccp_interp.capture.rows import _layer, _Tap, tap_rows
 from lccp_interp.organism.tokenizer import save_tokenizer
 from lccp_interp.schema import Case, LccpError, Span
 from lccp_interp.scoring.engine import score_cases
-from lccp_interp.scoring.metrics import METRICS
+from lccp_interp.scoring.metrics import select_metrics
 
 TOLERANCE = 1e-5
 N_TOKENS, N_FIRST, N_PADDING = 40, 25, 7
@@ -233,7 +233,7 @@ def test_refused_with_the_reason(refusal, tmp_path):
     ids = prompts()[0].tolist()
     case = Case("c", "niah", N_TOKENS, 0.0, "n", "h", 0, 0, tuple(ids[:-2]), tuple(ids[-2:]), Span(3, 6), Span(4, 6))
     with pytest.raises(LccpError) as caught:
-        score_cases(load_model(tmp_path), [case], METRICS)
+        score_cases(load_model(tmp_path), [case], select_metrics(["retrieval"]))
     message = str(caught.value)
     assert refusal.message in message
     assert "\n" not in message

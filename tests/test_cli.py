@@ -60,6 +60,7 @@ def scored(trajectory, tmp_path_factory):
         ["budget"],
         ["saturation"],
         ["probe"],
+        ["ablate"],
         ["across"],
         ["organism", "train"],
     ],

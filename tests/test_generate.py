@@ -24,11 +24,13 @@ from lccp_interp.schema import Case, LccpError, Span
 from lccp_interp.scoring import generate
 from lccp_interp.scoring.engine import score_cases
 from lccp_interp.scoring.generate import decode_greedily, rouge1_recall, score_generated, stop_rule
-from lccp_interp.scoring.metrics import METRICS, select_metrics
+from lccp_interp.scoring.metrics import select_metrics
 from lccp_interp.store import Run, RunWriter, result_frames
+from lccp_interp.sweep import DEFAULT_METRICS
 from lccp_interp.tasks.niah import NiahGrid, build_cases
 from lccp_interp.tasks.prefixes import walk
 
+METRICS = select_metrics(DEFAULT_METRICS)
 WU = select_metrics(["wu"])
 
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lccp_interp"
 FLOW = (
     "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "parts", "store", "imports", "sweep",
-    "behaviour", "dynamics", "figures", "report", "demo", "cli",
+    "interventions", "behaviour", "dynamics", "figures", "report", "demo", "cli",
 )  # fmt: skip
 MAX_LINES = 600
 

@@ -16,10 +16,12 @@ from lccp_interp.capture.model import HookedModel, load_model
 from lccp_interp.capture.prefill import Prefill
 from lccp_interp.schema import Case, LccpError, Needle, Span
 from lccp_interp.scoring.engine import score_cases, shares
-from lccp_interp.scoring.metrics import METRICS
+from lccp_interp.scoring.metrics import select_metrics
+from lccp_interp.sweep import DEFAULT_METRICS
 from lccp_interp.tasks.niah import NiahGrid, build_cases
 from lccp_interp.tasks.prefixes import tokens_run, walk
 
+METRICS = select_metrics(DEFAULT_METRICS)
 TOLERANCE = 1e-5
 TEXT = " ".join(f"The {a} {b} stood by the {c}." for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx")
 NEEDLES = (
@@ -55,11 +57,8 @@ def interference(cases):
         prompt = whole.prompt_ids[:keep] + whole.prompt_ids[whole.needle.start :]
         needle = Span(keep, keep + len(whole.needle))
         source = Span(whole.source.start - cut, whole.source.end - cut)
-        grown.append(
-            dataclasses.replace(
-                whole, case_id=f"i{cut}", length=whole.length - cut, prompt_ids=prompt, needle=needle, source=source
-            )
-        )
+        changes = {"length": whole.length - cut, "prompt_ids": prompt, "needle": needle, "source": source}
+        grown.append(dataclasses.replace(whole, case_id=f"i{cut}", question=None, **changes))
     return grown
 
 
@@ -70,7 +69,7 @@ def questions(cases):
     for index in range(3):
         tail = tuple((token + index) % 600 for token in first.prompt_ids[-12:])
         prompt = first.prompt_ids[:-12] + tail
-        asked.append(dataclasses.replace(first, case_id=f"q{index}", prompt_ids=prompt))
+        asked.append(dataclasses.replace(first, case_id=f"q{index}", prompt_ids=prompt, question=None))
     return asked
 
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from lccp_interp.capture.model import HookedModel, load_model
 from lccp_interp.schema import Case, LccpError, Span
 from lccp_interp.scoring.engine import score_cases
-from lccp_interp.scoring.metrics import METRICS, AttentionRows, copy, needle_mass, retrieval, select_metrics, wu
+from lccp_interp.scoring.metrics import AttentionRows, copy, needle_mass, retrieval, select_metrics, wu
+from lccp_interp.sweep import DEFAULT_METRICS
 from lccp_interp.tasks.decoys import decoy_spans
 
+METRICS = select_metrics(DEFAULT_METRICS)
 NAMES = tuple(METRICS)
 
 

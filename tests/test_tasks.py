@@ -50,6 +50,10 @@ def check_spans(cases, needles, tokenizer):
         assert decoded(tokenizer, case.prompt_ids[case.source.start : case.source.end]).strip() == needle.answer
         assert decoded(tokenizer, case.prompt_ids[case.needle.start : case.needle.end]).strip() == needle.needle
         assert decoded(tokenizer, case.answer_ids).strip() == needle.answer
+        asked = case.prompt_ids[case.question.start : case.question.end]
+        assert needle.question in decoded(tokenizer, asked)
+        assert needle.question not in decoded(tokenizer, asked[1:])
+        assert needle.question not in decoded(tokenizer, asked[:-1])
 
 
 @pytest.mark.parametrize("prompt", ["paper", "wu", WU_PROMPT, "Read this:\n{context}\n\nQ: {question} A: "])

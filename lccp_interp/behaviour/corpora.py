@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from lccp_interp.behaviour.probe import find_run_checkpoints
 from lccp_interp.schema import Checkpoint, LccpError
 from lccp_interp.store import PROBES_SCHEMA, Run, append_probes, file_stem, is_whole, write_json
+from lccp_interp.sweep import find_run_checkpoints
 from lccp_interp.tasks.corpus import ORGANISM_KINDS, TokenDocument, organism_corpus, read_corpus, token_documents
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from lccp_interp.behaviour.probe import find_run_checkpoints
 from lccp_interp.imports import import_probes
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run, config_hash, file_stem, replacing
+from lccp_interp.sweep import find_run_checkpoints
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel

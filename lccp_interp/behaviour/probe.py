@@ -28,7 +28,6 @@ from lccp_interp.behaviour.mixture import (
     split_source,
 )
 from lccp_interp.behaviour.sft import SftDiverged, SftRecipe, fine_tune
-from lccp_interp.checkpoints import checkpoint_hash, common_tokenizer, find_checkpoints
 from lccp_interp.schema import Checkpoint, Item, LccpError
 from lccp_interp.store import (
     PROBES_SCHEMA,
@@ -42,7 +41,7 @@ from lccp_interp.store import (
     replacing,
     write_json,
 )
-from lccp_interp.sweep import CASES_PER_SHARD, score_like
+from lccp_interp.sweep import CASES_PER_SHARD, find_run_checkpoints, score_like
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
@@ -404,33 +403,3 @@ def _record(run: Run, study: ProbeStudy, items: Sequence[Item], training: Sequen
         }
     )
     write_json(run.path / "run.json", manifest)
-
-
-def find_run_checkpoints(
-    run: Run, names: Sequence[str] | None, folders: Sequence[str | Path] | None
-) -> list[Checkpoint]:
-    """The checkpoints to ask, found on disk, with the weights that the run knows."""
-    known = {row["name"]: row for row in run.checkpoints.iter_rows(named=True)}
-    for name in names or ():
-        if name not in known:
-            raise LccpError(f"{run.path} has no checkpoint {name!r}; it has {', '.join(known)}")
-    elsewhere = {found.name: found.path for found in find_checkpoints(list(folders))} if folders else {}
-    chosen = []
-    for name, row in known.items():
-        if names is not None and name not in names:
-            continue
-        path = elsewhere.get(name, Path(row["path"]))
-        if not path.is_dir():
-            raise LccpError(
-                f"checkpoint {name!r} of {run.path} is no longer at {path}; say where it is with --checkpoints DIR"
-            )
-        if row["hash"] is not None and checkpoint_hash(path) != row["hash"]:
-            raise LccpError(
-                f"checkpoint {name!r} at {path} has other weights than those scored in {run.path} "
-                f"({row['hash'][:12]}...); restore it, or score it into a new run"
-            )
-        chosen.append(Checkpoint(name, path, row["tokens_seen"], row["stage"], row["stage_tokens"], row["hash"]))
-    if not chosen:
-        raise LccpError(f"{run.path} has no checkpoints to probe; score some first (`lccp score`)")
-    common_tokenizer(chosen)
-    return chosen

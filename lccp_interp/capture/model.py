@@ -8,21 +8,24 @@ costs the weights; a pass costs a prefill with logits at the answer only.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lccp_interp.capture.rows import RowSink, tap_rows
+from lccp_interp.capture.rows import AttentionCall, RowSink, edit_attention, tap_rows
+from lccp_interp.capture.views import OWN, keep_logits, row_reader
 from lccp_interp.checkpoints import read_config, verify_folder
 from lccp_interp.schema import LccpError
 
 if TYPE_CHECKING:
+    from nnsight import TransformersModel
+    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,12 +33,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class HookedModel:
-    """A causal language model with its tokenizer and a tap on its attention.
+    """A causal language model with its tokenizer and a tap on its attention, and two other libraries' views of it.
 
     Example:
         >>> model = load_model("data/trajectory/lccp-1.2M")                             # doctest: +SKIP
         >>> ids = model.tokenizer("Question: who?", return_tensors="pt").input_ids      # doctest: +SKIP
         >>> rows = model.attention_rows(ids, [-1])     # {layer: [batch, head, 1, key]} # doctest: +SKIP
+        >>> logits, cache = model.bridge.run_with_cache("Question: who?")               # doctest: +SKIP
+        >>> with model.nnsight.trace("Question: who?"):                                 # doctest: +SKIP
+        ...     pattern = model.nnsight.model.layers[2].self_attn.output[1].save()
     """
 
     model: PreTrainedModel
@@ -78,8 +84,53 @@ class HookedModel:
         """Name of the weights' dtype, e.g. `float32`."""
         return str(self.model.dtype).removeprefix("torch.")
 
+    @cached_property
+    def bridge(self) -> TransformerBridge:
+        """TransformerLens' view of these very weights, opened on first use: hooks, caches, patching.
+
+        Its modules are its own, its parameters are the model's: what it hooks or replaces leaves the model as it was,
+        gradients and edits of weights meet in both. (But one projection for query, key and value, as GPT-NeoX has it,
+        is split by TransformerLens into copies.) Our own edits of attention do not reach it. Do not move it to another
+        device; load the model there. Text goes in its way (a beginning of text in front, `prepend_bos=False` for
+        none), token ids as they are.
+
+        Raises:
+            LccpError: TransformerLens does not support the model type, or reports other attention than the model's.
+
+        Example:
+            >>> logits, cache = load_model(path).bridge.run_with_cache("Question: who?")    # doctest: +SKIP
+        """
+        from lccp_interp.capture.lens import open_bridge
+
+        return open_bridge(self)
+
+    @cached_property
+    def nnsight(self) -> TransformersModel:
+        """nnsight's view of these very weights, opened on first use; eager attention, so that it sees the weights.
+
+        Modules, parameters and devices as with `bridge`.
+
+        Raises:
+            LccpError: nnsight does not support the model type, or reports other attention than the model's.
+
+        Example:
+            >>> with load_model(path).nnsight.trace("Question: who?") as tracer:            # doctest: +SKIP
+            ...     logits = tracer.result.logits.save()
+        """
+        from lccp_interp.capture.nnsight_view import open_nnsight
+
+        return open_nnsight(self)
+
     @torch.inference_mode()
-    def answer_logits(self, input_ids: Tensor, n_answer: int, sink: RowSink) -> Tensor:
+    def answer_logits(
+        self,
+        input_ids: Tensor,
+        n_answer: int,
+        sink: RowSink,
+        *,
+        backend: str = OWN,
+        values: RowSink | None = None,
+    ) -> Tensor:
         """One teacher-forced pass; logits and attention rows where the last tokens are predicted.
 
         Args:
@@ -87,14 +138,30 @@ class HookedModel:
             n_answer: how many of the last tokens are the answer, 1 <= n_answer < tokens.
             sink: receives (layer, float32 `[batch, head, n_answer, key]`) once per attention layer; row t is the
                 query position that predicts answer token t, keys are all tokens but the last.
+            backend: whose rows, `transformers` (the tap's), `transformer_lens` or `nnsight` (full maps: T x T floats
+                per head of a layer).
+            values: receives (layer, `[batch, kv_head, key, d_value]`), what the attention is a weighted mean of, right
+                after the sink; None for not reading them.
 
         Returns:
             Float32 logits `[batch, n_answer, vocabulary]` on the output's device.
+
+        Raises:
+            LccpError: an unknown backend, or a model that its library does not support.
         """
         # The last token predicts nothing that is asked for, so it is not fed.
         fed = input_ids[:, :-1]
         rows = torch.arange(fed.shape[1] - n_answer, fed.shape[1])
-        with tap_rows(self.model, rows, sink):
+        if backend != OWN:
+            return row_reader(self, backend)(fed, rows, n_answer, sink, values=values)
+
+        def told(call: AttentionCall) -> Tensor:
+            if values is not None:
+                values(call.layer, call.value)
+            return call.output
+
+        reading = contextlib.nullcontext() if values is None else edit_attention(self.model, told)
+        with reading, tap_rows(self.model, rows, sink):
             output = self.forward(fed, n_answer)
         return output.logits.float()
 
@@ -113,20 +180,19 @@ class HookedModel:
         options: dict[str, Any] = {"use_cache": use_cache}
         if cache is not None:
             options["past_key_values"] = cache
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            # Positions, not their number: told a number, some models let their last layers skip all other queries.
-            options["logits_to_keep"] = torch.arange(input_ids.shape[1] - n_logits, input_ids.shape[1])
+        options |= keep_logits(self.model, input_ids.shape[1], n_logits)
         output = self.model(input_ids=input_ids.to(self.device), **options)
         output.logits = output.logits[:, -n_logits:]
         return output
 
     @torch.inference_mode()
-    def attention_rows(self, input_ids: Tensor, positions: Sequence[int]) -> dict[int, Tensor]:
+    def attention_rows(self, input_ids: Tensor, positions: Sequence[int], *, backend: str = OWN) -> dict[int, Tensor]:
         """Attention weights of some query positions, from every attention layer.
 
         Args:
             input_ids: Int `[batch, token]`.
             positions: query positions; negative ones count from the end.
+            backend: as in `answer_logits`.
 
         Returns:
             Float32 CPU tensors `[batch, head, position, key]` by true layer index; rows sum to 1 (less the sink's
@@ -134,6 +200,7 @@ class HookedModel:
 
         Raises:
             IndexError: a position outside the prompt.
+            LccpError: an unknown backend, or a model that its library does not support.
         """
         n_tokens = input_ids.shape[1]
         for position in positions:
@@ -144,8 +211,12 @@ class HookedModel:
         def keep(layer: int, weights: Tensor) -> None:
             captured[layer] = weights.cpu()
 
-        with tap_rows(self.model, torch.tensor([position % n_tokens for position in positions]), keep):
-            self.forward(input_ids, 1)
+        rows = torch.tensor([position % n_tokens for position in positions])
+        if backend != OWN:
+            row_reader(self, backend)(input_ids, rows, 1, keep)
+        else:
+            with tap_rows(self.model, rows, keep):
+                self.forward(input_ids, 1)
         return dict(sorted(captured.items()))
 
 

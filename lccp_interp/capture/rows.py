@@ -6,16 +6,20 @@ kernel compute the output untouched and then calls *the model's own* eager atten
 The weights so obtained are exactly the model's (its grouping of heads, soft-cap, sinks, sliding window), and a prompt
 of T tokens costs E x T numbers per head instead of T x T.
 
-It knows one forward pass; it refuses to know what the rows mean. Cost per layer: one E x T product beside the kernel's
-own T x T, and E x T floats of memory per head until the sink has reduced them. Queries behind a cache and models that
-know only eager attention are run in blocks of queries, so that no T x T map is ever held.
+An edit may take the place of a layer's output in the same function (`edit_attention`): what it gets is per head, before
+the output projection, of the prompt and of every decoded token alike.
+
+It knows one forward pass; it refuses to know what the rows mean, or why an output is edited. Cost per layer: one E x T
+product beside the kernel's own T x T, and E x T floats of memory per head until the sink has reduced them. Queries
+behind a cache and models that know only eager attention are run in blocks of queries, so that no T x T map is ever
+held.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,17 +47,58 @@ EAGER_BYTES = 2**28
 
 
 @dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention in one forward pass, as an edit gets it.
+
+    Attributes:
+        layer: true layer index.
+        first_query: position of the first query, counted from the first token fed (behind a cache not 0).
+        module: the model's attention module.
+        query: `[batch, head, query, d]`, post-RoPE.
+        key, value: `[batch, kv_head, key, d]`; the last key is that of the last query.
+        mask: what the kernel was given; None for plain causal attention.
+        kernel: one of `KERNELS`.
+        options: the other keyword arguments of the call.
+        output: `[batch, query, head, d_head]`, before the output projection. An edit hands back another tensor of this
+            shape and never changes this one.
+    """
+
+    layer: int
+    first_query: int
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    kernel: str
+    options: dict[str, Any]
+    output: Tensor
+
+
+Edit = Callable[[AttentionCall], Tensor]
+"""Makes a layer's output `[batch, query, head, d_head]` of a call, in every attention layer of every pass."""
+
+
+@dataclass
 class _Tap:
     rows: Tensor | None
     sink: RowSink
     kernel: str
+    model: PreTrainedModel | None = None
+    edits: tuple[Edit, ...] = ()
+    first_query: int = 0
+    """Tokens that were fed before the forward pass that is under way."""
     called: set[int] = field(default_factory=set)
     """Layers whose attention was called in the forward pass that is under way."""
     n_keys: set[int] = field(default_factory=set)
     """Numbers of keys that masks were made for: those of tokens, one per kind of layer and pass."""
 
 
+_OPEN: ContextVar[tuple[_Tap, ...]] = ContextVar("lccp_open_taps", default=())
+"""Taps whose contexts are entered, the innermost last; several models may have one."""
+
 _ACTIVE: ContextVar[_Tap | None] = ContextVar("lccp_active_tap", default=None)
+"""The tap of the model that is running."""
 
 
 def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -185,6 +230,45 @@ def _weights(
     return weights
 
 
+def output_without(call: AttentionCall, heads: Sequence[int], span: tuple[int, int]) -> Tensor:
+    """What some heads of a call make of their keys if those of a span are not there.
+
+    It is the model's own eager attention with the span masked, so the other keys share what the span had. A query that
+    sees nothing else attends to nothing: its output is 0.
+
+    Args:
+        call: of one layer.
+        heads: indices of query heads in the layer.
+        span: positions `start <= key < end`, counted from the first token fed.
+
+    Returns:
+        `[batch, query, len(heads), d_head]` in the output's dtype.
+    """
+    query, key, kwargs = call.query, call.key, call.options
+    batch, n_heads, n_queries, _ = query.shape
+    first_key = call.first_query + n_queries - key.shape[2]
+    if first_key < 0:
+        raise LccpError(
+            f"layer {call.layer} was given {key.shape[2]} keys for {call.first_query + n_queries} tokens (a static "
+            "cache?): where the span stands among them is not known; run with a DynamicCache, or without a cache"
+        )
+    start, end = (min(max(place - first_key, 0), key.shape[2]) for place in span)
+    block = max(1, EAGER_BYTES // (4 * batch * n_heads * key.shape[2]))
+    outputs = []
+    for begin in range(0, n_queries, block):
+        rows = torch.arange(begin, min(begin + block, n_queries), device=query.device)
+        mask = _rows_mask(call.mask, rows, query, key, call.kernel, kwargs.get("sliding_window")).clone()
+        mask[..., start:end] = torch.finfo(torch.float32).min
+        blind = (mask <= torch.finfo(query.dtype).min).all(-1)  # [batch or 1, head or 1, row]
+        mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+        output = eager_function(call.module)(
+            call.module, query[:, :, rows], key, call.value, mask, **_sliced(kwargs, rows, n_queries)
+        )[0]
+        output = output.masked_fill(blind.transpose(1, 2).unsqueeze(-1), 0)
+        outputs.append(output[:, :, list(heads)])
+    return torch.cat(outputs, dim=1).to(call.output.dtype)
+
+
 def _sdpa_output(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
@@ -305,6 +389,10 @@ def _tapped_attention(
             **_sliced(kwargs, rows, query.shape[2]),
         )  # fmt: skip
         tap.sink(layer, weights.float())
+    for edit in tap.edits:
+        output = edit(
+            AttentionCall(layer, tap.first_query, module, query, key, value, attention_mask, tap.kernel, kwargs, output)
+        )
     return output, None
 
 
@@ -363,7 +451,41 @@ def tap_rows(model: PreTrainedModel, rows: Tensor | None, sink: RowSink) -> Iter
     Raises:
         LccpError: the architecture cannot be captured, or its current implementation is none of `KERNELS`.
     """
-    kernel = model.config._attn_implementation
+    with _tapped(model, rows, sink, ()):
+        yield
+
+
+@contextlib.contextmanager
+def edit_attention(model: PreTrainedModel, edit: Edit) -> Iterator[None]:
+    """Within this context, every attention layer of `model` returns `edit(call)` in place of its output.
+
+    Contexts nest: an inner edit gets what the outer one made. Rows that are read within are those of the queries and
+    keys that the layer was given; what an edit in this very layer makes of them they do not show.
+
+    Raises:
+        LccpError: as `tap_rows`.
+    """
+    outer = _outer(model)
+    rows, sink = (None, _no_rows) if outer is None else (outer.rows, outer.sink)
+    with _tapped(model, rows, sink, (edit,)):
+        yield
+
+
+def _no_rows(layer: int, weights: Tensor) -> None:
+    raise AssertionError("rows were captured though none were asked for")
+
+
+def _outer(model: PreTrainedModel) -> _Tap | None:
+    """The innermost tap that is open on `model`."""
+    return next((tap for tap in reversed(_OPEN.get()) if tap.model is model), None)
+
+
+@contextlib.contextmanager
+def _tapped(model: PreTrainedModel, rows: Tensor | None, sink: RowSink, edits: tuple[Edit, ...]) -> Iterator[None]:
+    before = kernel = model.config._attn_implementation
+    outer = _outer(model) if before == TAP_NAME else None
+    if outer is not None and (outer.rows is None or edits):
+        kernel, edits = outer.kernel, (*outer.edits, *edits)
     if kernel not in KERNELS:
         raise LccpError(
             f"{type(model).__name__} runs attention implementation {kernel!r}; rows are captured over "
@@ -375,13 +497,24 @@ def tap_rows(model: PreTrainedModel, rows: Tensor | None, sink: RowSink) -> Iter
             f"{type(model).__name__} does not route attention through transformers' AttentionInterface: its rows "
             "cannot be captured"
         )
+    tap = _Tap(rows=rows, sink=sink, kernel=kernel, model=model, edits=edits)
+
+    def begin_pass(module: nn.Module, inputs: Any, options: dict[str, Any]) -> None:
+        # Also where another model's tap was opened later.
+        _ACTIVE.set(tap)
+        tap.called.clear()
+        past = options.get("past_key_values")
+        # Of a past without keys nobody edits by position.
+        with contextlib.suppress(ValueError):
+            tap.first_query = 0 if past is None or not tap.edits else int(past.get_seq_length())
+
     model.set_attn_implementation(TAP_NAME)
-    tap = _Tap(rows=rows, sink=sink, kernel=kernel)
-    token = _ACTIVE.set(tap)
-    new_pass = model.base_model.register_forward_pre_hook(lambda module, inputs: tap.called.clear())
+    opened, active = _OPEN.set((*_OPEN.get(), tap)), _ACTIVE.set(tap)
+    new_pass = model.base_model.register_forward_pre_hook(begin_pass, with_kwargs=True)
     try:
         yield
     finally:
         new_pass.remove()
-        _ACTIVE.reset(token)
-        model.set_attn_implementation(kernel)
+        _ACTIVE.reset(active)
+        _OPEN.reset(opened)
+        model.set_attn_implementation(before)

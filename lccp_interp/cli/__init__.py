@@ -1,7 +1,7 @@
 """The command line.
 
-`lccp demo | score | plan | check | probe | heads | compare | across | import | figures | report | correlate | budget |
-saturation | organism train`.
+`lccp demo | score | plan | check | probe | ablate | heads | compare | across | import | figures | report | correlate |
+budget | saturation | organism train`.
 
 Each command parses its options, calls one function of the package and prints what came back. It refuses to compute
 anything itself. Results go to standard output (tables for people, JSON or CSV for scripts), progress and messages to
@@ -9,12 +9,12 @@ standard error. Exit codes: 0 done, 2 a mistake of input or an interruption (one
 `--debug` shows the traceback). Heavy imports live inside the commands, so that `lccp --help` answers at once.
 
 `terminal` holds what commands share, `models` the commands that load models, `behaviour` those
-that ask them, `runs` those that read a run.
+that ask them, `causal` those that change them, `runs` those that read a run.
 """
 
 from __future__ import annotations
 
-from lccp_interp.cli import behaviour, models, runs
+from lccp_interp.cli import behaviour, causal, models, runs
 from lccp_interp.cli.terminal import main
 
-__all__ = ["behaviour", "main", "models", "runs"]
+__all__ = ["behaviour", "causal", "main", "models", "runs"]

@@ -90,7 +90,9 @@ def score(
     haystack: HaystackOption = None,
     prompt: PromptOption = None,
     chat: ChatOption = False,
-    metrics: Annotated[str, typer.Option(help="Head metrics.")] = "retrieval,wu,copy,needle_mass",
+    metrics: Annotated[
+        str, typer.Option(help="Head metrics; also known: qrscore, locos, dla, sink_mass, entropy, streaming.")
+    ] = "retrieval,wu,copy,needle_mass",
     mode: Annotated[
         str,
         typer.Option(
@@ -98,6 +100,9 @@ def score(
             "only right answers count (arXiv 2404.15574)."
         ),
     ] = "teacher_forced",
+    backend: Annotated[
+        str, typer.Option(help="Whose attention is scored: transformers (our tap), transformer_lens, nnsight.")
+    ] = "transformers",
     tokens: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=COUNT", help="Tokens seen by a checkpoint, e.g. step100=1.2B; may be repeated."),
@@ -153,6 +158,7 @@ def score(
             grid,
             metrics=items(metrics, "--metrics"),
             mode=mode,
+            backend=backend,
             dtype=dtype,
             execution=Execution(device, device_map, sharing, chunk_tokens, self_check),
             progress=progress,

@@ -1,6 +1,6 @@
 """Commands that read a run folder and load no model.
 
-`heads`, `compare`, `across`, `import`, `figures`, `report`, `correlate`, `budget`, `saturation`.
+`heads`, `compare`, `agreement`, `across`, `import`, `figures`, `report`, `correlate`, `budget`, `saturation`.
 
 Each parses its options, calls one function of the package and prints what came back; it refuses to compute anything.
 """
@@ -188,6 +188,37 @@ def across(
             f"{row['n_undecided']} undecided, of {row['n_heads']} heads",
             file=sys.stderr,
         )
+
+
+@app.command()
+@guarded
+def agreement(
+    run: RunArgument,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", "--metric", metavar="NAMES", help="Separated by commas; default: all of the run."),
+    ] = None,
+    length: LengthOption = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Only this checkpoint; 'last' for the last one. Default: all.")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Size of the top lists; default: 30, but at most a quarter of the heads.")
+    ] = None,
+    mode: ModeOption = None,
+    output_format: FormatOption = Format.table,
+) -> None:
+    """Whether the run's head metrics mean the same heads: rank correlation and shared top heads of every pair."""
+    from lccp_interp.dynamics.agreement import metric_agreement
+    from lccp_interp.store import Run
+
+    asked = None if metrics is None else items(metrics, "--metrics")
+    opened = Run.open(run)
+    table = metric_agreement(opened, metrics=asked, length=length, checkpoint=checkpoint, mode=mode, top_k=top)
+    if output_format is Format.table:
+        print(f"at {table['length'][0]} tokens; n_heads heads, n cases", file=sys.stderr)
+        table = table.drop("length")
+    print_table(table, output_format)
 
 
 @app.command("import")

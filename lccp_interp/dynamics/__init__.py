@@ -1,5 +1,7 @@
 """Learning dynamics from the tables of a run: heads over time, births and deaths, outcomes. No torch, no pictures."""
 
+from lccp_interp.dynamics.agreement import metric_agreement
+from lccp_interp.dynamics.causal import causal_table, important_from
 from lccp_interp.dynamics.comparison import by_kv_head, compare, survival
 from lccp_interp.dynamics.correlation import Draws, correlate, lead_lag, paper_layout
 from lccp_interp.dynamics.curves import metric_curves, metric_names, metric_series
@@ -36,6 +38,7 @@ __all__ = [
     "base_checkpoint",
     "budget",
     "by_kv_head",
+    "causal_table",
     "census",
     "compare",
     "correlate",
@@ -43,9 +46,11 @@ __all__ = [
     "events",
     "head_records",
     "head_sample",
+    "important_from",
     "interference_table",
     "lead_lag",
     "lives",
+    "metric_agreement",
     "metric_curves",
     "metric_names",
     "metric_series",

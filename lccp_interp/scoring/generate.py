@@ -36,9 +36,10 @@ import torch
 
 from lccp_interp.capture.model import HookedModel
 from lccp_interp.capture.prefill import CHUNK_TOKENS, Prefill
+from lccp_interp.capture.readout import LogitReader
 from lccp_interp.schema import Case, CaseResult, LccpError
-from lccp_interp.scoring.engine import score_alone
-from lccp_interp.scoring.metrics import HeadMetric
+from lccp_interp.scoring.engine import logit_reader, score_alone
+from lccp_interp.scoring.metrics import HeadMetric, MetricFunction, check_cases, select_metrics
 from lccp_interp.tasks.prefixes import walk
 
 MAX_NEW_TOKENS = 50
@@ -54,7 +55,7 @@ UNSPACED_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYAN
 def score_generated(
     model: HookedModel,
     cases: Sequence[Case],
-    metrics: Mapping[str, HeadMetric],
+    metrics: Mapping[str, HeadMetric | MetricFunction],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -91,13 +92,16 @@ def score_generated(
             "decode, to read the rows, and for the answer's loss where something else was written",
             stacklevel=2,
         )
+    chosen = select_metrics(metrics)
+    check_cases(cases, chosen)
+    reader = logit_reader(model, chosen)
     prefill = Prefill(model, chunk_tokens=chunk_tokens)
     stops = stop_rule(model)
     done: dict[int, CaseResult] = {}
     for visit in walk(cases):
         case = cases[visit.index]
         written = decode_greedily(prefill, case.prompt_ids, stops, max_new_tokens)
-        done[visit.index] = _result(prefill, case, written, metrics)
+        done[visit.index] = _result(prefill, case, written, chosen, reader)
         if on_tokens is not None:
             on_tokens(case.length)
     return [done[index] for index in range(len(cases))]
@@ -138,14 +142,20 @@ def decode_greedily(
             return tuple(ids[len(prompt_ids) :])
 
 
-def _result(prefill: Prefill, case: Case, written: tuple[int, ...], metrics: Mapping[str, HeadMetric]) -> CaseResult:
+def _result(
+    prefill: Prefill,
+    case: Case,
+    written: tuple[int, ...],
+    metrics: Mapping[str, HeadMetric],
+    reader: LogitReader | None,
+) -> CaseResult:
     """Score one case whose greedy answer is known, and decide whether it counts."""
     tokenizer = prefill.model.tokenizer
     source_ids = case.prompt_ids[case.source.start : case.source.end]
     held = {*source_ids, *case.answer_ids}
     # Without any such token the first one stays, for the shape of the scores.
     events = written[: max((n for n, token in enumerate(written, start=1) if token in held), default=1)]
-    scored = score_alone(prefill, replace(case, answer_ids=events), metrics)
+    scored = score_alone(prefill, replace(case, answer_ids=events), metrics, reader)
     generated = _text(tokenizer, written, skip_special_tokens=True).strip()
     recall = rouge1_recall(_text(tokenizer, source_ids), generated)
     scores = scored.scores

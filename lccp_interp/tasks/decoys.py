@@ -14,12 +14,16 @@ N_DECOYS = 2
 """Decoys per case. Cases are many, and it is their mean that is compared."""
 
 
-def decoy_spans(case: Case, n: int = N_DECOYS) -> tuple[Span, ...]:
+def decoy_spans(
+    case: Case, n: int = N_DECOYS, *, length: int | None = None, before: int | None = None
+) -> tuple[Span, ...]:
     """Spans of the source's length within the prompt that do not touch the needle; the same ones for the same case.
 
     Args:
         case: whose prompt.
         n: how many, drawn with replacement.
+        length: tokens of each, if not the source's.
+        before: position that they must end at or before; None for the prompt's end.
 
     Returns:
         `n` spans, or none where the prompt has no room for any beside its needle.
@@ -29,10 +33,9 @@ def decoy_spans(case: Case, n: int = N_DECOYS) -> tuple[Span, ...]:
         >>> [(span.start, span.end) for span in decoy_spans(case, 3)]
         [(6, 8), (5, 7), (6, 8)]
     """
-    length = len(case.source)
-    before = range(0, case.needle.start - length + 1)
-    after = range(case.needle.end, len(case.prompt_ids) - length + 1)
-    starts = [*before, *after]
+    length = len(case.source) if length is None else length
+    end = len(case.prompt_ids) if before is None else before
+    starts = [*range(0, case.needle.start - length + 1), *range(case.needle.end, end - length + 1)]
     if not starts:
         return ()
     draw = random.Random(f"{case.seed} {case.case_id}")

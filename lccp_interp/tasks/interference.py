@@ -170,6 +170,7 @@ def _case(
         source=source_span,
         distance=distance,
         interference=interference,
+        question=fact.question(len(prompt_ids)),
     )
 
 

@@ -48,6 +48,8 @@ MAX_NEW_TOKENS = {"english": 32, "organism": 16}
 ANSWERS = ("needle", "answer")
 """What a recast case is to answer: the needle sentence itself (arXiv 2604.02650), or only the value in it."""
 
+CUE = "\nQuestion: "
+
 
 def build_items(
     writer: PromptWriter,
@@ -327,6 +329,7 @@ def _cases(grid: LongBioGrid, told_in: Book, encoder: PieceEncoder) -> Iterator[
             answer_ids=tuple(context.answer),
             needle=needle,
             source=source,
+            question=context.question(len(prompt_ids)),
         )
 
 
@@ -353,7 +356,8 @@ class _Context:
         encoder.check(self._needle, fact.text, f"the needle {fact.text!r}")
         encoder.check(self.answer, parts[1], f"the answer {parts[1]!r}")
         question = cast.book.topics[self.topic].question.format(name=cast.name(0))
-        (self._closing,) = encoder.middle([f"\nQuestion: {question}\nAnswer:"])
+        (self._closing,) = encoder.middle([f"{CUE}{question}\nAnswer:"])
+        self._asked = encoder.inside(self._closing, CUE, question)
         self._opening = encoder.start(cast.line(0))
         self._lines: list[list[int]] = []
         self._n_tokens = 0
@@ -382,6 +386,10 @@ class _Context:
         source = Span(needle.start + len(self._head), needle.start + len(self._head) + len(self.answer))
         behind = list(itertools.chain.from_iterable(self._lines[n_before:]))[: room - len(before)]
         return [*lead, *self._needle, *self._after, *behind, *self._closing], needle, source
+
+    def question(self, n_prompt: int) -> Span | None:
+        """Where the question stands in a prompt of `n_prompt` tokens."""
+        return None if self._asked is None else self._asked.shifted(n_prompt - len(self._closing))
 
     def _encode(self, n_tokens: int) -> None:
         """Encode lines until there are enough for any prompt of `n_tokens`."""

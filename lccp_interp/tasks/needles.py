@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lccp_interp.schema import LccpError, Needle, SpanError
+from lccp_interp.schema import LccpError, Needle, Span, SpanError
 from lccp_interp.tasks.chat import Frame
 from lccp_interp.tasks.pieces import PieceEncoder
 
@@ -35,6 +35,11 @@ class PromptForm:
     def opening(self) -> str:
         """The template's text before the context."""
         return self.template.partition("{context}")[0]
+
+    @property
+    def cue(self) -> str:
+        """The template's text between context and question."""
+        return self.template.partition("{context}")[2].partition("{question}")[0]
 
     def tail(self, question: str) -> str:
         """The template's text after the context, up to where the answer begins."""
@@ -130,6 +135,7 @@ class Fact:
         in_front: the needle at the very beginning of the context.
         joint: tokens between text and the needle that follows it, a line break or nothing.
         tail: the question, up to where the answer begins.
+        asked: where in `tail` the question's own tokens stand; None where the tokenizer does not let one say.
         answer: the answer as it follows there.
     """
 
@@ -157,6 +163,7 @@ class Fact:
         if text[at - 1 : at].strip():
             ways.append(answer)
         self.tail = encoder.middle([tail])[0]
+        self.asked = encoder.inside(self.tail, form.cue, needle.question.strip())
         forms = encoder.middle(list(dict.fromkeys(ways)), after="\n" if tail.endswith("\n") else None)
         shared = [ids for ids in forms if set(ids) & set(self.in_text.source)]
         if not shared:
@@ -170,6 +177,10 @@ class Fact:
             encoder.check(place.source, answer, f"the answer of {label}")
             encoder.check(place.ids, text, label)
         encoder.check(self.answer, answer, f"the answer of {label} after the prompt")
+
+    def question(self, n_prompt: int) -> Span | None:
+        """Where the question stands in a prompt of `n_prompt` tokens, which the tail ends."""
+        return None if self.asked is None else self.asked.shifted(n_prompt - len(self.tail))
 
     def _place_needle(self, text: str, answer: str, at: int, form: PromptForm, encoder: PieceEncoder) -> None:
         # The blank before the answer belongs to its first word, as it does after the answer cue.

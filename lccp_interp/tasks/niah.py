@@ -156,6 +156,7 @@ def _cases(grid: NiahGrid, encoder: PieceEncoder) -> Iterator[Case]:
             answer_ids=tuple(fact.answer),
             needle=needle_span,
             source=source_span,
+            question=fact.question(len(prompt_ids)),
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from lccp_interp.schema import SpanError
+from lccp_interp.schema import Span, SpanError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,12 +92,38 @@ class PieceEncoder:
         Raises:
             SpanError: naming `what`, the text wanted and the text that the tokens give.
         """
-        decoded = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decoded = self.decode(ids)
         if decoded.strip() != text.strip():
             raise SpanError(
                 f"{what} cannot be placed under this tokenizer ({self.name}): {_shown(text)} becomes "
                 f"{_shown(decoded)} in tokens; use text that this tokenizer keeps without loss"
             )
+
+    def inside(self, ids: Sequence[int], before: str, text: str) -> Span | None:
+        """The tokens of a piece that hold characters of `text`, where it stands in the piece behind `before`.
+
+        Told from what the piece's first tokens decode to, one more at a time, and proved by decoding the span.
+
+        Returns:
+            Positions within `ids`; a token that `text` shares with what stands beside it belongs to it. None where the
+            tokens do not decode to the text, so that nobody could say.
+        """
+        start = 0
+        end: int | None = None
+        for n in range(1, len(ids) + 1):
+            decoded = self.decode(ids[:n]).lstrip()
+            if before.lstrip().startswith(decoded) or not decoded:
+                start = n
+            if decoded.startswith((before + text).lstrip()):
+                end = n
+                break
+        if end is None or end <= start or text not in self.decode(ids[start:end]):
+            return None
+        return Span(start, end)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, special tokens written out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         # verbose=False: a haystack longer than the model's context is meant, it is cut later.
