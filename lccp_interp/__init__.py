@@ -82,6 +82,7 @@ _HOMES = {
     "correlate": "dynamics",
     "budget": "dynamics",
     "draw_figures": "figures",
+    "HeadExplorer": "figures.explorer",
     "write_report": "report",
 }
 
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from lccp_interp.dynamics import stability as stability
     from lccp_interp.dynamics import survival as survival
     from lccp_interp.figures import draw_figures as draw_figures
+    from lccp_interp.figures.explorer import HeadExplorer as HeadExplorer
     from lccp_interp.imports import import_heads as import_heads
     from lccp_interp.imports import import_probes as import_probes
     from lccp_interp.imports import read_heads as read_heads
