@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from lccp_interp.capture.model import load_model
 from lccp_interp.dynamics.causal import CAUSAL_SCHEMA, causal_table, important_from
 from lccp_interp.dynamics.resampling import draw_resamples
 from lccp_interp.dynamics.selection import niah_cases
+from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.interventions import answers as answers_module
 from lccp_interp.interventions.answers import other_cases, outcomes_without
 from lccp_interp.interventions.causal import ABLATIONS_SCHEMA, ablate_heads, ablation_rows, ablation_studies
 from lccp_interp.interventions.choice import chosen_cases, head_sets, ranked_heads, set_sizes
 from lccp_interp.interventions.hooks import mask_span
+from lccp_interp.report.causes import causes_section
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run, cases_from_frame
 from lccp_interp.sweep import score
@@ -502,3 +505,12 @@ def test_reading_ablations_needs_no_torch():
     code = "import sys, lccp_interp.dynamics.causal; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_the_report_tells_it_in_words_first(checked, run):
+    _, with_study = checked
+    section = causes_section(RunTables(with_study, 128))
+    assert re.search(r"the loss rises by \d\S* nats without", section)
+    assert "They matter beyond random: the best 1 from" in section
+    assert section.count("<tr") == 1 + 4
+    assert "lccp ablate RUN" in causes_section(RunTables(run, 128))

@@ -24,6 +24,7 @@ from lccp_interp.figures.style import (
     stage_name,
 )
 from lccp_interp.report.behaviour import corpus_section, interference_section, probes_section
+from lccp_interp.report.causes import causes_section
 from lccp_interp.report.drawn import drawn
 from lccp_interp.report.findings import NEAR_FINAL, Finding, cautions, findings, near_final
 from lccp_interp.report.heads import comparison_section, groups_section, stability_section, survival_section
@@ -266,6 +267,7 @@ SECTIONS: tuple[tuple[Callable[[RunTables], str], str, str], ...] = (
     (survival_section, "survival", "Survival"),
     (_checkpoints, "checkpoints", "Checkpoints"),
     (saturation_section, "saturation", "Saturation"),
+    (causes_section, "causes", "Causes"),
     (probes_section, "probes", "After fine-tuning"),
     (corpus_section, "corpus", "Corpus perplexity"),
     (interference_section, "interference", "Interference"),
