@@ -1,9 +1,9 @@
 """Published numbers of arXiv 2604.02650, as data, to print beside a user's own.
 
-Its Tables 3 and 6 (NIAH score and NIAH perplexity against results after light fine-tuning: Pearson r and p), Tables 4
-and 7 (number of retrieval heads and mean retrieval score: r and p), over six checkpoints of 0 to 200 billion tokens,
-and the size of its SFT probe. The p-values are those of the two-sided t test of r at n = 6. This module computes
-nothing. It costs nothing.
+Its Table 5 (how stable the ranking of heads is), Tables 3 and 6 (NIAH score and NIAH perplexity against results after
+light fine-tuning: Pearson r and p), Tables 4 and 7 (number of retrieval heads and mean retrieval score: r and p), over
+six checkpoints of 0 to 200 billion tokens, and the size of its SFT probe. The p-values are those of the two-sided t
+test of r at n = 6. This module computes nothing. It costs nothing.
 
 The names of the cheap metrics are those of `run_series`. The paper's "mean retrieval score" is set beside
 `mean_initial_score`, the curve of its Figure 5: the mean over the retrieval heads of its first checkpoint.
@@ -31,6 +31,15 @@ _PAPER_TABLES = {
     (4, 7, "n_retrieval_heads", "number of retrieval heads"): ((0.8243, 0.0436), (0.8326, 0.0397), (0.5715, 0.2361)),
     (4, 7, "mean_initial_score", "mean retrieval score"): ((0.8956, 0.0158), (0.8469, 0.0334), (0.6210, 0.1882)),
 }
+
+PUBLISHED_STABILITY = (
+    ("0B", "20B", 24, 0.7316),
+    ("20B", "50B", 29, 0.9238),
+    ("50B", "100B", 28, 0.9164),
+    ("100B", "150B", 28, 0.8808),
+    ("150B", "200B", 28, 0.8921),
+)
+"""arXiv 2604.02650, Table 5: Hunyuan-A13B, overlap of the top 30 of 1024 heads and Spearman of all scores."""
 
 
 def published_correlations() -> pl.DataFrame:

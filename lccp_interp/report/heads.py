@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from lccp_interp.dynamics.comparison import IMPORTED_PREFIX, by_kv_head, compare, kv_heads_of
+from lccp_interp.dynamics.published import PUBLISHED_STABILITY
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.cohorts import base_comparison, cohort
 from lccp_interp.figures.style import format_length, format_number, format_tokens, head_name, place_in_training
@@ -20,15 +21,6 @@ from lccp_interp.imports import imported_heads, imported_names, summarise_heads,
 from lccp_interp.report.drawn import drawn, reason
 from lccp_interp.report.page import escape, table
 from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
-
-PUBLISHED_STABILITY = (
-    ("0B", "20B", 24, 0.7316),
-    ("20B", "50B", 29, 0.9238),
-    ("50B", "100B", 28, 0.9164),
-    ("100B", "150B", 28, 0.8808),
-    ("150B", "200B", 28, 0.8921),
-)
-"""arXiv 2604.02650, Table 5: Hunyuan-A13B, overlap of the top 30 of 1024 heads and Spearman of all scores."""
 
 TOP_IMPORTED = 10
 MAX_GROUPS = 16
