@@ -104,7 +104,7 @@ def slices(model, ids, heads):
     return got
 
 
-def close(one, other):
+def assert_close(one, other):
     torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
 
 
@@ -116,7 +116,7 @@ def test_zero_ablation_is_a_zeroed_slice_and_leaves_no_trace(model):
         got = logits(model, ids)
     with by_projection(model, HEADS, lambda layer, head, part: torch.zeros_like(part)):
         expected = logits(model, ids)
-    close(got, expected)
+    assert_close(got, expected)
     assert (got - before).abs().max() > 100 * TOLERANCE
     assert torch.equal(logits(model, ids), before)
     assert model.model.config._attn_implementation == implementation
@@ -128,17 +128,19 @@ def test_zero_ablation_is_zeroed_columns_of_the_projection(llama):
         got = logits(llama, ids)
     for layer, head in HEADS:
         projections(llama)[layer].weight[:, head * D_HEAD : (head + 1) * D_HEAD] = 0
-    close(got, logits(llama, ids))
+    assert_close(got, logits(llama, ids))
 
 
 def test_scaling(model):
     ids = prompt()
+    intact = logits(model, ids)
     with scale_heads(model, HEADS, 2.5):
         got = logits(model, ids)
     with by_projection(model, HEADS, lambda layer, head, part: 2.5 * part):
-        close(got, logits(model, ids))
+        assert_close(got, logits(model, ids))
+    assert (got - intact).abs().max() > 100 * TOLERANCE
     with scale_heads(model, HEADS, 1.0):
-        close(logits(model, ids), logits(model, ids))
+        assert_close(logits(model, ids), intact)
 
 
 def test_mean_ablation(model):
@@ -146,15 +148,15 @@ def test_mean_ablation(model):
     means = mean_outputs(model, reference, HEADS)
     all_slices = [slices(model, torch.tensor([ids]), HEADS) for ids in reference]
     for head in HEADS:
-        close(means[head], torch.cat([part[head] for part in all_slices]).mean(0))
+        assert_close(means[head], torch.cat([part[head] for part in all_slices]).mean(0))
     last = mean_outputs(model, reference, HEADS, positions=[-1, 0])
     for head in HEADS:
-        close(last[head], torch.cat([part[head][[-1, 0]] for part in all_slices]).mean(0))
+        assert_close(last[head], torch.cat([part[head][[-1, 0]] for part in all_slices]).mean(0))
     ids = prompt(batch=2)
     with replace_heads(model, means):
         got = logits(model, ids)
     with by_projection(model, HEADS, lambda layer, head, part: means[layer, head].expand_as(part)):
-        close(got, logits(model, ids))
+        assert_close(got, logits(model, ids))
 
 
 @pytest.mark.parametrize("positions", [None, [5, 17, 39]])
@@ -163,7 +165,7 @@ def test_patching_from_another_prompt(model, positions):
     outputs = head_outputs(model, clean, HEADS)
     twin = slices(model, clean, HEADS)
     for head in HEADS:
-        close(outputs[head], twin[head])
+        assert_close(outputs[head], twin[head])
     with patch_heads(model, outputs, positions):
         got = logits(model, corrupted)
 
@@ -176,12 +178,13 @@ def test_patching_from_another_prompt(model, positions):
 
     with by_projection(model, HEADS, patched):
         expected = logits(model, corrupted)
-    close(got, expected)
-    assert (got - logits(model, corrupted)).abs().max() > 100 * TOLERANCE
-    # Every head patched in every layer leaves only what the tokens themselves say: its own outputs change nothing.
+    assert_close(got, expected)
+    intact = logits(model, corrupted)
+    assert (got - intact).abs().max() > 100 * TOLERANCE
+    # Every head's own output, patched in, changes nothing.
     own = head_outputs(model, corrupted, known_heads(model.model.config))
     with patch_heads(model, own):
-        close(logits(model, corrupted), logits(model, corrupted))
+        assert_close(logits(model, corrupted), intact)
 
 
 @contextlib.contextmanager
@@ -217,13 +220,14 @@ def attention_by_hand(model, heads, span, queries=None):
 @pytest.mark.parametrize("queries", [None, [30, 39]])
 def test_masking_a_span_is_attention_without_its_keys(model, span, queries):
     ids = prompt(batch=2)
+    intact = logits(model, ids)
     with attention_by_hand(model, [], span):
-        close(logits(model, ids), logits(model, ids))
+        assert_close(logits(model, ids), intact)  # by hand and with nothing masked it is the model itself
     with mask_span(model, HEADS, span, queries):
         got = logits(model, ids)
     with attention_by_hand(model, HEADS, span, queries):
         expected = logits(model, ids)
-    close(got, expected)
+    assert_close(got, expected)
     # Out of a window of 16 tokens nothing of the early span is seen at the end.
     unseen = model.name in ("mistral", "gemma3_text") and span.end < 10 and queries is not None
     moved = (got - logits(model, ids))[:, -1].abs().max()
@@ -236,10 +240,10 @@ def test_masking_in_blocks_of_queries_and_over_eager_attention(llama, monkeypatc
         whole = logits(llama, ids)
     monkeypatch.setattr("lccp_interp.capture.rows.EAGER_BYTES", 4 * 4 * N_TOKENS * 7)
     with mask_span(llama, HEADS, span):
-        close(logits(llama, ids), whole)
+        assert_close(logits(llama, ids), whole)
     llama.model.set_attn_implementation("eager")
     with mask_span(llama, HEADS, span):
-        close(logits(llama, ids), whole)
+        assert_close(logits(llama, ids), whole)
 
 
 def test_masking_in_half_precision(llama):
@@ -278,7 +282,7 @@ def test_masking_where_heads_have_sinks():
     open_share = 1 - row[span.start : span.end].sum()
     left = row.clone()
     left[span.start : span.end] = 0
-    close(got[-1], (left / open_share) @ values[0][0, 0])
+    assert_close(got[-1], (left / open_share) @ values[0][0, 0])
 
 
 @pytest.mark.parametrize("intervene", ["zero", "scale", "mean", "patch", "mask"])
@@ -298,7 +302,7 @@ def test_decoding_behind_a_cache_equals_reading_it_all_again(model, intervene):
             for _ in range(8):
                 output = model.model(input_ids=step, past_key_values=cache, use_cache=True)
                 step = output.logits[:, -1:].argmax(-1)
-                close(output.logits[:, -1], logits(model, written)[:, -1])
+                assert_close(output.logits[:, -1], logits(model, written)[:, -1])
                 written = torch.cat([written, step], dim=1)
 
 
@@ -314,7 +318,7 @@ def test_prompts_in_chunks_and_behind_shared_prefixes(model):
         with context():
             prefill = Prefill(model, chunk_tokens=9)
             for ids in (first, second):
-                close(prefill.run(ids, 35, None), logits(model, torch.tensor([ids]))[0, 35:])
+                assert_close(prefill.run(ids, 35, None), logits(model, torch.tensor([ids]))[0, 35:])
 
 
 def test_interventions_nest_and_come_off_one_by_one(llama):
@@ -328,7 +332,7 @@ def test_interventions_nest_and_come_off_one_by_one(llama):
     assert torch.equal(logits(llama, ids), intact)
     factors = {(0, 1): 0.0, (2, 3): 2.0}
     with by_projection(llama, list(factors), lambda layer, head, part: part * factors[layer, head]):
-        close(got, logits(llama, ids))
+        assert_close(got, logits(llama, ids))
 
 
 def test_the_model_is_restored_after_exceptions(llama):
@@ -355,8 +359,8 @@ def test_rows_are_read_under_interventions_in_either_order(llama):
     with tap_rows(llama.model, torch.tensor([N_TOKENS - 1]), around.__setitem__), zero_heads(llama, [(0, 1)]):
         logits(llama, ids)
     for layer in (0, 1, 2):
-        close(within[layer], around[layer])
-    close(within[0], intact[0])
+        assert_close(within[layer], around[layer])
+    assert_close(within[0], intact[0])
     assert (within[2] - intact[2]).abs().max() > 100 * TOLERANCE
 
 
@@ -380,7 +384,7 @@ def test_recording_sees_every_pass(llama):
     with record_heads(llama, [(1, 2)], lambda head, first, output: seen.append((head, first, output[0].clone()))):
         Prefill(llama, chunk_tokens=16).run(ids[0].tolist(), N_TOKENS - 1, None)
     assert [(head, first) for head, first, _ in seen] == [((1, 2), 0), ((1, 2), 16), ((1, 2), 24)]
-    close(torch.cat([output for _, _, output in seen]), whole)
+    assert_close(torch.cat([output for _, _, output in seen]), whole)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +463,7 @@ def test_path_patching_is_what_heads_write_directly(model):
     clean, corrupted = head_outputs(model, prompt(1), HEADS), prompt(2)
     usual = logits(model, corrupted)
     got = patch_paths(model, corrupted, clean, n_logits=3)
-    close(got, direct_by_hand(model, corrupted, clean, HEADS)[0, -3:])
+    assert_close(got, direct_by_hand(model, corrupted, clean, HEADS)[0, -3:])
     with patch_heads(model, clean):
         total = logits(model, corrupted)
     assert (got - usual[0, -3:]).abs().max() > 100 * TOLERANCE
@@ -473,6 +477,6 @@ def test_paths_from_the_last_layer_and_from_other_positions(llama):
     mlp = llama.model.model.layers[2].mlp
     mlp.down_proj.weight.zero_()
     with patch_heads(llama, clean):
-        close(patch_paths(llama, corrupted, clean), logits(llama, corrupted)[0, -1:])
+        assert_close(patch_paths(llama, corrupted, clean), logits(llama, corrupted)[0, -1:])
     # What a head writes at another position reaches no logits here directly.
-    close(patch_paths(llama, corrupted, clean, positions=[0, 20]), logits(llama, corrupted)[0, -1:])
+    assert_close(patch_paths(llama, corrupted, clean, positions=[0, 20]), logits(llama, corrupted)[0, -1:])
