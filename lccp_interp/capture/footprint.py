@@ -168,8 +168,9 @@ class _LivingTensors(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        weights = itertools.chain(model.parameters(), model.buffers())
-        self._known = {tensor.untyped_storage()._cdata for tensor in weights}
+        # Held, for a model may replace a buffer of its own (rotary frequencies), and another tensor take its address.
+        self._own = [tensor.untyped_storage() for tensor in itertools.chain(model.parameters(), model.buffers())]
+        self._known = {storage._cdata for storage in self._own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
