@@ -10,10 +10,11 @@ Cost: the tokenizer's work on the haystack, and about a second per length and mo
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,14 @@ from lccp_interp.capture.prefill import CHUNK_TOKENS
 from lccp_interp.checkpoints import TOKENIZER_FILES
 from lccp_interp.organism.tokenizer import build_tokenizer
 from lccp_interp.schema import Case, LccpError
-from lccp_interp.scoring.engine import BATCH_TOKENS, Sharing, shares
-from lccp_interp.tasks.niah import NiahGrid, build_cases
+from lccp_interp.scoring.engine import BATCH_TOKENS, Sharing, null_query, shares
+from lccp_interp.scoring.metrics import HeadMetric, check_cases, select_metrics
 from lccp_interp.tasks.prefixes import tokens_run, walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lccp_interp.tasks.grids import CaseGrid
 
 GIB = 2**30
 USABLE = 0.95
@@ -40,6 +43,12 @@ LITTLE_SHARED = 1.2
 
 SMALLER_CHUNKS = (1024, 256)
 """Tokens per forward pass that are tried where a study does not fit."""
+
+MAX_LENGTHS = 6
+"""Lengths that memory is worked out for, where a grid has more: from the shortest to the longest."""
+
+AXES = {"lengths": "length", "depths": "depth", "distances": "distance", "interferences": "interference"}
+"""What a grid's config may vary, and what one value of it is called."""
 
 TEXT_WIDTH = 100
 """Columns of the plan's words."""
@@ -161,10 +170,10 @@ class Plan:
     """What a study will run, and what memory it takes.
 
     Attributes:
-        lengths: total lengths, tokens.
-        depths: percent of the context.
-        n_needles: needles per length and depth.
-        samples: haystacks per needle.
+        task: of the grid.
+        axes: how many values the grid has of what it varies, by name; their product is the number of cases.
+        lengths: total lengths that memory is worked out for, tokens, rising.
+        metrics: head metrics that are planned for.
         n_cases: cases per checkpoint.
         tokens_naive: tokens per checkpoint, were every case run alone.
         memory: of the devices; None if unknown.
@@ -172,10 +181,10 @@ class Plan:
         notes: what else to know about the study.
     """
 
+    task: str
+    axes: dict[str, int]
     lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    n_needles: int
-    samples: int
+    metrics: tuple[str, ...]
     n_cases: int
     tokens_naive: int
     memory: Memory | None
@@ -234,12 +243,8 @@ class Plan:
         return "\n".join(lines)
 
     def _study(self) -> str:
-        counts = (
-            (len(self.lengths), "length"), (len(self.depths), "depth"), (self.n_needles, "needle"),
-            (self.samples, "sample"),
-        )  # fmt: skip
-        product = " x ".join(_counted(*count) for count in counts)
-        return f"{_counted(self.n_cases, 'case')} per checkpoint = {product}"
+        product = " x ".join(_counted(n, name) for name, n in self.axes.items())
+        return f"{self.task}, {_counted(self.n_cases, 'case')} per checkpoint = {product}"
 
     def _model(self, model: ModelPlan) -> Iterable[tuple[str, str]]:
         longest = max(model.footprints, key=lambda one: one.n_tokens)
@@ -274,11 +279,12 @@ class Plan:
 
 
 def plan_study(
-    grid: NiahGrid,
+    grid: CaseGrid,
     tokenizer: PreTrainedTokenizerBase,
     configs: Sequence[tuple[str, Any]],
     *,
-    cases_per_shard: int,
+    metrics: Sequence[str] | Mapping[str, Any] = ("retrieval",),
+    cases_per_shard: int = 64,
     dtype: str = "auto",
     chunk_tokens: int = CHUNK_TOKENS,
     sharing: Sharing = "auto",
@@ -290,14 +296,16 @@ def plan_study(
     """Work out what a study runs and takes, without any weights.
 
     Args:
-        grid: the study's questions.
+        grid: the study's questions, of any task.
         tokenizer: of the checkpoints; lengths are exact under any tokenizer, what prompts share hardly depends on it.
         configs: (name, transformers config or folder with a config.json) of every checkpoint.
+        metrics: as in `score`; those that read the question or the values take more memory, those that ask without a
+            question more tokens.
         cases_per_shard: cases per unit of work; prefixes are shared within one.
         dtype: `auto` for the config's own, `float32`, `bfloat16`, `float16`.
         chunk_tokens: tokens per forward pass of a long prompt.
         sharing: whether prompts share prefixes, as in `score_cases`.
-        n_rows: attention rows read per prompt; None for the longest answer's tokens.
+        n_rows: attention rows read per prompt; None for what the metrics read of the longest answer or question.
         memory: of the devices; None if unknown, then there is no verdict.
         notes: what the plan should say besides its own notes.
         progress: told (steps done, steps in all, message).
@@ -306,46 +314,95 @@ def plan_study(
         LccpError: any mistake of input.
 
     Example:
-        >>> print(plan_study(grid, tokenizer, [("a", "a/folder")], cases_per_shard=64).text())   # doctest: +SKIP
+        >>> print(plan_study(grid, tokenizer, [("a", "a/folder")], metrics=["retrieval"]).text())   # doctest: +SKIP
     """
     report = progress or (lambda done, total, message: None)
     groups = _by_size([(name, _loaded(config)) for name, config in configs])
-    steps = 1 + len(groups) * len(grid.lengths)
-    report(0, steps, "building cases")
-    cases = build_cases(grid, tokenizer)
+    chosen = select_metrics(metrics)
+    report(0, 0, "building cases")
+    cases = grid.build(tokenizer)
+    check_cases(cases, chosen)
+    lengths = _lengths(cases)
+    steps = 1 + len(groups) * len(lengths)
     shards = [cases[start : start + cases_per_shard] for start in range(0, len(cases), cases_per_shard)]
-    visits = [visit for shard in shards for visit in walk(shard)]
+    naive = sum(visit.fed for shard in shards for visit in walk(shard))
+    # Asked without a question behind its own context, or, where a model cannot go on from a cache, behind another pass.
+    asked_again = [null_query(tokenizer, case) for case in cases] if _calibrated(chosen) else []
     settings: dict[str, Any] = {
         "chunk_tokens": chunk_tokens,
         "batch_tokens": BATCH_TOKENS,
-        "n_rows": n_rows or max(len(case.answer_ids) for case in cases),
+        "n_rows": n_rows or max(_rows_read(case, chosen) for case in cases),
     }
     models = []
     for index, (names, config) in enumerate(groups):
         footprints = []
-        for step, length in enumerate(grid.lengths, start=1 + index * len(grid.lengths)):
+        for step, length in enumerate(lengths, start=1 + index * len(lengths)):
             report(step, steps, f"{names[0]} at {length:,}")
-            footprints.append(
-                footprint(config, dtype=dtype if dtype != "auto" else _own_dtype(config), n_tokens=length, **settings)
-            )
+            one = footprint(config, dtype=dtype if dtype != "auto" else _own_dtype(config), n_tokens=length, **settings)
+            footprints.append(_with_values(one, config, chosen, cases))
         fits, verdict = _verdict(config, footprints, settings, memory)
         shared = _tokens_shared(config, shards, sharing)
+        again = sum(len(ids) if footprints[0].obstacle else len(ids) - start for ids, start in asked_again)
         models.append(
-            ModelPlan(names, tuple(footprints), shared, verdict, fits, tuple(_model_notes(config, footprints)))
+            ModelPlan(names, tuple(footprints), shared + again, verdict, fits, tuple(_model_notes(config, footprints)))
         )
     report(steps, steps, "done")
-    naive = sum(visit.fed for visit in visits)
+    naive += sum(len(ids) for ids, _ in asked_again)
     return Plan(
-        lengths=grid.lengths,
-        depths=grid.depths,
-        n_needles=1 if grid.needles is None else len(grid.needles),
-        samples=grid.samples,
+        task=str(grid.config()["task"]),
+        axes=_axes(grid),
+        lengths=lengths,
+        metrics=tuple(chosen),
         n_cases=len(cases),
         tokens_naive=naive,
         memory=memory,
         models=tuple(models),
         notes=(*notes, *_study_notes(grid, naive, min(model.tokens_shared for model in models), sharing)),
     )
+
+
+def _lengths(cases: Sequence[Case]) -> tuple[int, ...]:
+    """Total lengths of the cases, rising; some of them with the longest, where there are many."""
+    found = sorted({case.length for case in cases})
+    if len(found) <= MAX_LENGTHS:
+        return tuple(found)
+    return tuple(found[round(at * (len(found) - 1) / (MAX_LENGTHS - 1))] for at in range(MAX_LENGTHS))
+
+
+def _axes(grid: CaseGrid) -> dict[str, int]:
+    """What a grid varies, in the order of its config; needles and samples are what is left of its cases."""
+    config = grid.config()
+    axes = {name: len(config[key]) for key, name in AXES.items() if isinstance(config.get(key), list)}
+    samples = int(config.get("samples", 1))
+    product = math.prod(axes.values()) * samples
+    if "needles" in config and product:
+        axes["needle"] = grid.n_cases // product
+    return {**axes, "sample": samples}
+
+
+def _calibrated(metrics: Mapping[str, HeadMetric]) -> bool:
+    return any(metric.needs_null_query for metric in metrics.values())
+
+
+def _rows_read(case: Case, metrics: Mapping[str, HeadMetric]) -> int:
+    """Rows from the first that a metric reads to the prompt's end."""
+    first = len(case.prompt_ids) - 1
+    if case.question is not None and any(metric.rows == "question" for metric in metrics.values()):
+        first = min(first, case.question.start)
+    return len(case.prompt_ids) - 1 + len(case.answer_ids) - first
+
+
+def _with_values(one: Footprint, config: Any, metrics: Mapping[str, HeadMetric], cases: Sequence[Case]) -> Footprint:
+    """Working memory with what a layer's values come to as logits: float32 `[head, event, key]`, and the values."""
+    if not any(metric.needs_values for metric in metrics.values()):
+        return one
+    text = config.get_text_config()
+    events = max(len(case.answer_ids) for case in cases)
+    n_heads = int(text.num_attention_heads)
+    d_head = int(getattr(text, "head_dim", None) or text.hidden_size // n_heads)
+    n_kv_heads = int(getattr(text, "num_key_value_heads", None) or n_heads)
+    more = 4 * one.n_tokens * (n_heads * events + n_kv_heads * d_head)
+    return replace(one, working_bytes=one.working_bytes + more)
 
 
 def _loaded(config: Any) -> Any:
@@ -446,8 +503,9 @@ def _model_notes(config: Any, footprints: Sequence[Footprint]) -> Iterable[str]:
         yield f"the config's quantization is not counted: weights are planned as {longest.dtype}"
 
 
-def _study_notes(grid: NiahGrid, naive: int, shared: int, sharing: Sharing) -> Iterable[str]:
-    if naive < LITTLE_SHARED * shared and grid.needles is None and sharing != "off":
+def _study_notes(grid: CaseGrid, naive: int, shared: int, sharing: Sharing) -> Iterable[str]:
+    config = grid.config()
+    if naive < LITTLE_SHARED * shared and config.get("needles") == "organism" and sharing != "off":
         yield (
             "prompts share little: in the bundled language every sample and depth has a needle and a haystack of its "
             "own; with --needles and --haystack all depths share one text"

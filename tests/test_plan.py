@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lccp_interp.capture.architectures import ARCHITECTURES
 from lccp_interp.capture.footprint import Footprint, footprint, load_config
 from lccp_interp.capture.model import HookedModel
 from lccp_interp.capture.prefill import Prefill
+from lccp_interp.capture.readout import PROOF_TOKENS
 from lccp_interp.plan import (
     GIB,
     Memory,
@@ -33,6 +35,8 @@ from lccp_interp.plan import (
 from lccp_interp.schema import Case, LccpError, Needle, Span
 from lccp_interp.scoring.engine import score_cases
 from lccp_interp.scoring.metrics import select_metrics
+from lccp_interp.tasks.interference import InterferenceGrid
+from lccp_interp.tasks.longbio import LongBioGrid
 from lccp_interp.tasks.niah import NiahGrid, build_cases
 
 HUNYUAN = Path(__file__).resolve().parents[1] / "examples" / "hunyuan-a13b"
@@ -215,10 +219,13 @@ def test_tokens_are_the_edges_of_a_trie(grid, tokenizer, cases_per_shard):
     assert plan.models[0].tokens_shared == edges < plan.tokens_naive
 
 
-@pytest.mark.parametrize("sharing", ["auto", "on", "off"])
-def test_the_engine_runs_the_tokens_that_were_planned(grid, tokenizer, sharing):
+@pytest.mark.parametrize(
+    ("sharing", "metric"), [("auto", "copy"), ("on", "copy"), ("off", "copy"), ("on", "qrscore"), ("auto", "dla")]
+)
+def test_the_engine_runs_the_tokens_that_were_planned(grid, tokenizer, sharing, metric):
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    plan = plan_study(grid, tokenizer, [("tiny", model.config)], cases_per_shard=8, sharing=sharing)
+    options = {"metrics": [metric], "cases_per_shard": 8, "sharing": sharing}
+    plan = plan_study(grid, tokenizer, [("tiny", model.config)], **options)
     run = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: run.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -226,8 +233,53 @@ def test_the_engine_runs_the_tokens_that_were_planned(grid, tokenizer, sharing):
     cases = build_cases(grid, tokenizer)
     for start in range(0, len(cases), 8):
         hooked = HookedModel(model, tokenizer, "tiny")
-        score_cases(hooked, cases[start : start + 8], select_metrics(["copy"]), sharing=sharing)
-    assert sum(run) == plan.models[0].tokens_shared
+        score_cases(hooked, cases[start : start + 8], select_metrics([metric]), sharing=sharing)
+    # Reading values begins with a proof on a few tokens, once per shard of 8 cases.
+    proofs = 3 * PROOF_TOKENS if metric == "dla" else 0
+    assert sum(run) == plan.models[0].tokens_shared + proofs
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        (
+            InterferenceGrid(distances=(64, 128), interferences=(0, 64, 128), needles=NEEDLES, haystack=TEXT),
+            "interference, 12 cases per checkpoint = 2 distances x 3 interferences x 2 needles x 1 sample",
+        ),
+        (
+            LongBioGrid(lengths=(300,), depths=(0, 100), samples=3),
+            "longbio, 6 cases per checkpoint = 1 length x 2 depths x 3 samples",
+        ),
+    ],
+    ids=["interference", "longbio"],
+)
+def test_every_grid_can_be_planned(grid, words, tokenizer):
+    plan = plan_study(grid, tokenizer, [("tiny", tiny_model("llama").config)])
+    cases = grid.build(tokenizer)
+    assert words in plan.text()
+    assert math.prod(plan.axes.values()) == plan.n_cases == len(cases)
+    assert plan.lengths[-1] == max(case.length for case in cases)
+    assert plan.tokens_naive == sum(case.length - 1 for case in cases)
+
+
+def test_of_many_lengths_memory_is_shown_for_some_with_the_longest(tokenizer):
+    grid = NiahGrid(lengths=tuple(range(300, 500, 10)), depths=(50,), needles=NEEDLES, haystack=TEXT)
+    plan = plan_study(grid, tokenizer, [("tiny", tiny_model("llama").config)])
+    assert plan.lengths == (300, 340, 380, 410, 450, 490)
+
+
+def test_metrics_that_read_more_take_more(grid, tokenizer):
+    config = tiny_model("llama", vocab_size=len(tokenizer)).config
+    ones = {
+        name: plan_study(grid, tokenizer, [("tiny", config)], metrics=[name]).models[0].footprints[-1]
+        for name in ("copy", "qrscore", "dla")
+    }
+    cases = grid.build(tokenizer)
+    n_events = max(len(case.answer_ids) for case in cases)
+    assert ones["copy"].n_rows == n_events
+    assert ones["qrscore"].n_rows == max(case.length - 1 - case.question.start for case in cases) > n_events
+    # 4 heads, 2 key heads of 8 numbers, each of 4 bytes, on 400 keys.
+    assert ones["dla"].working_bytes - ones["copy"].working_bytes == 4 * 400 * (4 * n_events + 2 * 8)
 
 
 def planned(grid, tokenizer, memory, **options):
@@ -390,6 +442,8 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, checkpoint):
         ((checkpoint, "--memory", "big"), "--memory 'big': write the GiB of a device"),
         ((checkpoint, "--dtype", "int4", "--lengths", "128"), "unknown dtype 'int4'"),
         ((checkpoint, "--sharing", "maybe"), "unknown sharing 'maybe'"),
+        ((checkpoint, "--metrics", "retreival"), "unknown metric 'retreival'"),
+        ((checkpoint, "--task", "interference", "--depths", "50"), "--depths belongs to --task niah or longbio"),
         ((checkpoint, "--chunk-tokens", "0"), "chunk_tokens must be at least 1"),
     ):
         code, out, err = lccp(capsys, monkeypatch, "plan", *arguments)

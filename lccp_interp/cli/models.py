@@ -23,6 +23,7 @@ from lccp_interp.cli.terminal import (
     HaystackOption,
     InterferencesOption,
     LengthsOption,
+    MetricsOption,
     NeedlesOption,
     PromptOption,
     SamplesOption,
@@ -30,7 +31,6 @@ from lccp_interp.cli.terminal import (
     app,
     guarded,
     items,
-    number,
     organism_app,
     print_records,
     progress_bar,
@@ -90,9 +90,7 @@ def score(
     haystack: HaystackOption = None,
     prompt: PromptOption = None,
     chat: ChatOption = False,
-    metrics: Annotated[
-        str, typer.Option(help="Head metrics; also known: qrscore, locos, dla, sink_mass, entropy, streaming.")
-    ] = "retrieval,wu,copy,needle_mass",
+    metrics: MetricsOption = "retrieval,wu,copy,needle_mass",
     mode: Annotated[
         str,
         typer.Option(
@@ -169,18 +167,24 @@ def score(
 @app.command()
 @guarded
 def plan(
+    context: typer.Context,
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
             metavar="CHECKPOINT...", help="Checkpoint folders, or folders of them; a config.json alone is enough."
         ),
     ],
+    task: TaskOption = "niah",
     lengths: LengthsOption = "256,512,1024,2048,4096",
     depths: DepthsOption = "0,25,50,75,100",
+    distances: DistancesOption = "256,1024",
+    interferences: InterferencesOption = "0,256,512,1024,2048",
     samples: SamplesOption = 4,
     needles: NeedlesOption = None,
     haystack: HaystackOption = None,
     prompt: PromptOption = None,
+    chat: ChatOption = False,
+    metrics: MetricsOption = "retrieval,wu,copy,needle_mass",
     seed: Annotated[int, typer.Option(help="Seed of needles, haystacks and where a sample begins.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto (the config's own), float32, bfloat16, float16.")] = "auto",
     memory: Annotated[
@@ -191,7 +195,7 @@ def plan(
         Path | None, typer.Option(metavar="FOLDER", help="Whose tokenizer counts; default: the checkpoints' own.")
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Attention rows read per prompt; default: tokens of the longest answer.")
+        int | None, typer.Option(min=1, help="Attention rows read per prompt; default: what the metrics read.")
     ] = None,
     sharing: Annotated[
         str, typer.Option(help="Run what prompts have in common once: auto (where it is cheaper), on, off.")
@@ -203,22 +207,24 @@ def plan(
 
     KV cache and working memory are added up over a model that has shapes and no weights.
     """
-    from lccp_interp.checkpoints import parse_count
+    from lccp_interp.cli.grids import GridOptions, grid_of
     from lccp_interp.plan import find_configs, memory_here, parse_memory, plan_study, planning_tokenizer
     from lccp_interp.sweep import CASES_PER_SHARD, Execution
-    from lccp_interp.tasks.haystack import read_haystack
-    from lccp_interp.tasks.niah import PAPER_PROMPT, NiahGrid, read_needles
 
     configs = find_configs(checkpoints)
-    grid = NiahGrid(
-        lengths=tuple(parse_count(item) for item in items(lengths, "--lengths")),
-        depths=tuple(number(item, "--depths") for item in items(depths, "--depths")),
+    options = GridOptions(
+        lengths=lengths,
+        depths=depths,
+        distances=distances,
+        interferences=interferences,
         samples=samples,
-        needles=None if needles is None else read_needles(needles),
-        haystack=None if haystack is None else read_haystack(haystack),
-        prompt=PAPER_PROMPT if prompt is None else prompt.replace("\\n", "\n"),
+        needles=needles,
+        haystack=haystack,
+        prompt=prompt,
+        chat=chat,
         seed=seed,
     )
+    grid = grid_of(task, options, context)
     execution = Execution(sharing=sharing, chunk_tokens=chunk_tokens)
     counter, notes = planning_tokenizer([folder for _, folder in configs], tokenizer)
     with progress_bar("planning") as progress:
@@ -226,6 +232,7 @@ def plan(
             grid,
             counter,
             configs,
+            metrics=items(metrics, "--metrics"),
             cases_per_shard=CASES_PER_SHARD,
             dtype=dtype,
             chunk_tokens=execution.chunk_tokens,

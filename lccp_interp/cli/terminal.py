@@ -85,6 +85,9 @@ DistancesOption = Annotated[
 InterferencesOption = Annotated[
     str, typer.Option(help="--task interference: tokens of context before the needle, each exact.")
 ]
+MetricsOption = Annotated[
+    str, typer.Option(help="Head metrics; also known: qrscore, locos, dla, sink_mass, entropy, streaming.")
+]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the tokenizer's chat template.")]
 
 
