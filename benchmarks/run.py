@@ -10,13 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import analysis, capture, demo, gpu, grid, machine, peers
+from benchmarks import analysis, capture, demo, gpu, grid, machine, peers, scaling
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 README = HERE / "README.md"
 FRONT = HERE.parent / "README.md"
-PARTS: dict[str, Any] = {"capture": capture, "peers": peers, "grid": grid, "demo": demo, "analysis": analysis}
+PARTS: dict[str, Any] = {
+    "capture": capture,
+    "peers": peers,
+    "grid": grid,
+    "demo": demo,
+    "analysis": analysis,
+    "scaling": scaling,
+}
 
 HEAD = """# Benchmarks
 

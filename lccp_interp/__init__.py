@@ -57,6 +57,7 @@ _HOMES = {
     "patch_paths": "interventions.paths",
     "fine_tune": "behaviour.sft",
     "answer_items": "behaviour.evaluate",
+    "ProbeStudy": "behaviour.probe",
     "probe": "behaviour.probe",
     "probe_corpora": "behaviour.corpora",
     "probe_with_lm_eval": "behaviour.harness",
@@ -84,12 +85,20 @@ _HOMES = {
     "draw_figures": "figures",
     "HeadExplorer": "figures.explorer",
     "write_report": "report",
+    "read_study": "study",
+    "check_study": "study",
+    "run_study": "study",
+    "run_status": "study",
+    "RetrievalHeadMonitor": "monitor.callback",
+    "HeadObserver": "monitor.observe",
+    "watch": "monitor.watch",
 }
 
 if TYPE_CHECKING:
     from lccp_interp.behaviour.corpora import probe_corpora as probe_corpora
     from lccp_interp.behaviour.evaluate import answer_items as answer_items
     from lccp_interp.behaviour.harness import probe_with_lm_eval as probe_with_lm_eval
+    from lccp_interp.behaviour.probe import ProbeStudy as ProbeStudy
     from lccp_interp.behaviour.probe import probe as probe
     from lccp_interp.behaviour.sft import fine_tune as fine_tune
     from lccp_interp.capture.model import HookedModel as HookedModel
@@ -130,6 +139,9 @@ if TYPE_CHECKING:
     from lccp_interp.interventions.hooks import scale_heads as scale_heads
     from lccp_interp.interventions.hooks import zero_heads as zero_heads
     from lccp_interp.interventions.paths import patch_paths as patch_paths
+    from lccp_interp.monitor.callback import RetrievalHeadMonitor as RetrievalHeadMonitor
+    from lccp_interp.monitor.observe import HeadObserver as HeadObserver
+    from lccp_interp.monitor.watch import watch as watch
     from lccp_interp.plan import plan_study as plan_study
     from lccp_interp.report import write_report as write_report
     from lccp_interp.schema import Case as Case
@@ -146,6 +158,10 @@ if TYPE_CHECKING:
     from lccp_interp.scoring.metrics import register_metric as register_metric
     from lccp_interp.scoring.types import head_types as head_types
     from lccp_interp.store import Run as Run
+    from lccp_interp.study import check_study as check_study
+    from lccp_interp.study import read_study as read_study
+    from lccp_interp.study import run_status as run_status
+    from lccp_interp.study import run_study as run_study
     from lccp_interp.sweep import score as score
     from lccp_interp.sweep import score_grid as score_grid
     from lccp_interp.tasks.haystack import read_haystack as read_haystack

@@ -124,7 +124,8 @@ class Checkpoint:
     """One set of weights of a training run.
 
     `tokens_seen` counts training tokens over all stages, `stage_tokens` those of its own stage; `hash` is the SHA-256
-    of its weight files.
+    of its config and weight files. `branch` names the line of training it lies on, where one start has several (the
+    ingredients of a soup). `source` says where on a hub it comes from, `organisation/name@revision`; None is a folder.
     """
 
     name: str
@@ -133,6 +134,8 @@ class Checkpoint:
     stage: str = "train"
     stage_tokens: int | None = None
     hash: str | None = None
+    source: str | None = None
+    branch: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

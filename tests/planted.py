@@ -137,6 +137,9 @@ def save_trajectory(root: Path, copies: list[bool]) -> Path:
     for number, able in enumerate(copies):
         name = f"step-{number}"
         save_planted(root / name, copies=able)
+        # Equal weights at every step are meant: the config tells them apart, so that nobody is warned of a mistake.
+        config = root / name / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "step": number}))
         entries.append({"name": name, "path": name, "tokens_seen": 1000 * number, "stage": "train"})
     (root / "trajectory.json").write_text(json.dumps({"name": "planted", "checkpoints": entries}))
     return root

@@ -58,4 +58,4 @@ def test_a_stage_without_time_or_memory_left_says_why():
 def test_an_unknown_part_names_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         run.main(["--only", "captur"])
-    assert "no part 'captur'; known: capture, peers, grid, demo, analysis" in capsys.readouterr().err
+    assert "no part 'captur'; known: capture, peers, grid, demo, analysis, scaling" in capsys.readouterr().err

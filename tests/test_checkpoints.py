@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
 import pytest
 
 from lccp_interp.checkpoints import checkpoint_hash, find_checkpoints, parse_count, tokenizer_hash, verify_folder
+from lccp_interp.checkpoints.folders import combined_hash
 from lccp_interp.schema import LccpError
 
 
@@ -23,6 +25,7 @@ def test_trajectory_json_gives_order_stage_and_tokens(trajectory):
 
 def test_a_single_folder_of_a_trajectory_keeps_its_tokens(trajectory):
     (found,) = find_checkpoints([trajectory / "lccp-1"])
+    assert find_checkpoints(str(trajectory / "lccp-1"))[0].hash == found.hash
     assert (found.name, found.tokens_seen, found.stage) == ("lccp-1", 2000, "lccp")
 
 
@@ -189,3 +192,31 @@ def test_broken_side_files(checkpoint, tmp_path, file, content, message):
     folder = broken(checkpoint, tmp_path, lambda f: (f / file).write_text(content))
     with pytest.raises(LccpError, match=message):
         find_checkpoints([folder])
+
+
+def test_two_sets_of_weights_in_one_folder(checkpoint, tmp_path):
+    def shard(folder):
+        shutil.copy(folder / "model.safetensors", folder / "model-1.safetensors")
+        index = {"weight_map": {"w": "model-1.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(LccpError, match=r"has two sets of weights: model.safetensors, and the shards of .*delete one"):
+        verify_folder(broken(checkpoint, tmp_path, shard))
+
+
+def test_a_hash_is_that_of_the_listed_files(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    file = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    assert checkpoint_hash(checkpoint) == combined_hash(config, [file])
+
+
+def test_branches_in_a_trajectory_json(trajectory, tmp_path):
+    root = tmp_path / "branches"
+    shutil.copytree(trajectory, root)
+    table = json.loads((root / "trajectory.json").read_text())
+    for entry, branch in zip(table["checkpoints"], (None, "a", "b"), strict=True):
+        entry["branch"] = branch
+    (root / "trajectory.json").write_text(json.dumps(table))
+    with pytest.raises(LccpError, match=r"lccp has 2 branches \(a, b\)"):
+        find_checkpoints([root])
+    assert [c.name for c in find_checkpoints([root], branch="b")] == ["pretrain-0", "lccp-2"]

@@ -59,6 +59,7 @@ def scored(trajectory, tmp_path_factory):
         ["correlate"],
         ["budget"],
         ["saturation"],
+        ["verify"],
         ["probe"],
         ["ablate"],
         ["across"],

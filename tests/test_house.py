@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lccp_interp"
 FLOW = (
-    "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "parts", "store", "imports", "sweep",
-    "interventions", "behaviour", "dynamics", "figures", "report", "demo", "cli",
+    "schema", "checkpoints", "organism", "tasks", "capture", "scoring", "plan", "store", "imports", "sweep",
+    "interventions", "behaviour", "dynamics", "figures", "report", "monitor", "study", "demo", "cli",
 )  # fmt: skip
 MAX_LINES = 600
 
@@ -65,6 +65,7 @@ def test_every_module_says_what_it_is_and_stays_readable(path):
         "dynamics",
         "figures",
         "report",
+        "monitor.watch",
         "demo",
         "cli",
     ],

@@ -140,6 +140,18 @@ def test_reopening_resumes_and_cleans_orphans(tmp_path):
     assert again.manifest == writer.manifest
 
 
+def test_branch_and_source_of_checkpoints_are_null_where_a_run_has_none(tmp_path):
+    fill(tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    for key in ("branch", "source"):
+        manifest["checkpoints"][0].pop(key, None)
+    more = {"name": "b", "path": "b", "tokens_seen": 7, "branch": "main", "source": "org/model@step7"}
+    manifest["checkpoints"].append(more)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
+    found = Run.open(tmp_path / "run").checkpoints.select("name", "branch", "source").rows()
+    assert found == [("b", "main", "org/model@step7"), ("a", None, None)]
+
+
 def test_a_unit_is_done_only_with_all_its_tables(tmp_path):
     writer = fill(tmp_path / "run", order=(0,))
     (tmp_path / "run" / "scores" / part_name("a", 0)).unlink()

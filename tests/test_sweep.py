@@ -9,7 +9,6 @@ import shutil
 import pytest
 
 import lccp_interp
-from lccp_interp import sweep
 from lccp_interp.checkpoints import find_checkpoints
 from lccp_interp.schema import LccpError, Needle
 from lccp_interp.store import Run
@@ -49,25 +48,23 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 300, 1500, 4000])
-def test_interrupted_and_resumed_equals_undisturbed(trajectory, undisturbed, tmp_path, monkeypatch, after):
+def test_interrupted_and_resumed_equals_undisturbed(trajectory, undisturbed, tmp_path, after):
     def interrupt(done, total, message):
         if done > after:
             raise Stop
 
-    monkeypatch.setattr(sweep, "CASES_PER_SHARD", 5)
     small_shards = tmp_path / "resumed"
     with pytest.raises(Stop):
-        score(trajectory, small_shards, **GRID, progress=interrupt)
-    score(trajectory, small_shards, **GRID)
+        score(trajectory, small_shards, **GRID, cases_per_shard=5, progress=interrupt)
+    score(trajectory, small_shards, **GRID, cases_per_shard=5)
     whole = tmp_path / "whole"
-    score(trajectory, whole, **GRID)
+    score(trajectory, whole, **GRID, cases_per_shard=5)
     for part in sorted(whole.rglob("*.parquet")):
         assert part.read_bytes() == (small_shards / part.relative_to(whole)).read_bytes(), part.name
 
 
-def test_sharding_does_not_matter(trajectory, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "CASES_PER_SHARD", 5)
-    score(trajectory, tmp_path / "run", **GRID)
+def test_sharding_does_not_matter(trajectory, undisturbed, tmp_path):
+    score(trajectory, tmp_path / "run", **GRID, cases_per_shard=5)
     for sharded, whole in zip(tables(tmp_path / "run"), tables(undisturbed), strict=True):
         keys = [name for name, dtype in whole.schema.items() if not dtype.is_float() and not dtype.is_nested()]
         assert sharded.select(keys).equals(whole.select(keys))

@@ -19,7 +19,7 @@ import polars as pl
 
 from lccp_interp.schema import Checkpoint, LccpError
 from lccp_interp.store import PROBES_SCHEMA, Run, append_probes, file_stem, is_whole, write_json
-from lccp_interp.sweep import find_run_checkpoints
+from lccp_interp.sweep import Access, find_run_checkpoints, load_located
 from lccp_interp.tasks.corpus import ORGANISM_KINDS, TokenDocument, organism_corpus, read_corpus, token_documents
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def probe_corpora(
     folders: Sequence[str | Path] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    access: Access | None = None,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> pl.DataFrame:
@@ -97,6 +98,7 @@ def probe_corpora(
         reference: checkpoint that says which tokens are key; None means the last one of the run.
         checkpoints, folders: as in `probe`.
         device, dtype: as in `load_model`.
+        access: how checkpoints of a hub, with pickles or code of their own are come by; see `Access`.
         seed: of documents in the bundled language.
         progress: told (tokens done, tokens in all, message).
 
@@ -111,7 +113,7 @@ def probe_corpora(
     Example:
         >>> probe_corpora("runs/demo", ["questions"], length=2048)   # doctest: +SKIP
     """
-    from lccp_interp.capture.model import load_model, load_tokenizer
+    from lccp_interp.capture.model import load_tokenizer
     from lccp_interp.scoring.corpus import LongPpl, probe_rows, score_corpus
 
     opened = run if isinstance(run, Run) else Run.open(run)
@@ -141,7 +143,7 @@ def probe_corpora(
         if not todo[checkpoint.name]:
             continue
         report(done, total, checkpoint.name)
-        model = load_model(checkpoint.path, device=device, dtype=dtype)
+        model = load_located(checkpoint, device=device, dtype=dtype, access=access)
         for corpus in todo[checkpoint.name]:
 
             def advance(n_tokens: int, name: str = checkpoint.name) -> None:

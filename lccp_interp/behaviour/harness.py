@@ -21,7 +21,7 @@ import polars as pl
 from lccp_interp.imports import import_probes
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run, config_hash, file_stem, replacing
-from lccp_interp.sweep import find_run_checkpoints
+from lccp_interp.sweep import Access, find_run_checkpoints, load_located
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
@@ -39,6 +39,7 @@ def probe_with_lm_eval(
     batch_size: int = 1,
     device: str = "auto",
     dtype: str = "auto",
+    access: Access | None = None,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> pl.DataFrame:
@@ -53,6 +54,7 @@ def probe_with_lm_eval(
         limit: only so many documents per task, for a trial; it is part of the result's name.
         batch_size: documents per forward pass.
         device, dtype: as in `load_model`.
+        access: how checkpoints of a hub, with pickles or code of their own are come by; see `Access`.
         seed: of few-shot examples and sampling.
         progress: told (checkpoints done, checkpoints in all, name).
 
@@ -66,8 +68,6 @@ def probe_with_lm_eval(
     Example:
         >>> probe_with_lm_eval("runs/mine", ["niah_single_1"], limit=20)   # doctest: +SKIP
     """
-    from lccp_interp.capture.model import load_model
-
     opened = run if isinstance(run, Run) else Run.open(run)
     if not tasks:
         raise LccpError("--lm-eval names no task; give some, separated by commas (lm-eval ls tasks lists them)")
@@ -81,7 +81,7 @@ def probe_with_lm_eval(
         folder = opened.path / "lm_eval" / file_stem(checkpoint.name)
         path = folder / f"results_{config_hash(options)[:8]}.json"
         if not path.is_file():
-            model = load_model(checkpoint.path, device=device, dtype=dtype)
+            model = load_located(checkpoint, device=device, dtype=dtype, access=access)
             found = _evaluate(model, manager, options, batch_size)
             del model
             found["model_name"] = checkpoint.name

@@ -34,14 +34,15 @@ from lccp_interp.store import (
     Run,
     append_probes,
     config_hash,
+    editing,
     file_stem,
     is_whole,
     part_name,
     provenance,
-    replacing,
     write_json,
+    write_part,
 )
-from lccp_interp.sweep import CASES_PER_SHARD, find_run_checkpoints, score_like
+from lccp_interp.sweep import CASES_PER_SHARD, Access, find_run_checkpoints, load_located, score_like
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
@@ -61,7 +62,7 @@ class ProbeStudy:
         name: of the study in the run folder; its metrics bear it (`sft pass@3`).
         tasks: as in `find_tasks`; may be empty where there is official data.
         data: official data to ask too, `ruler:PATH` or `mrcr:PATH`, all of it; never trained on.
-        lengths: tokens, or bands.
+        lengths: tokens, or bands: 1024, "512-1024" or a `Length`.
         samples: items per task and length.
         train_samples: training items per task and length.
         sft: how each checkpoint is fine-tuned; None asks the checkpoints as they are.
@@ -75,7 +76,7 @@ class ProbeStudy:
     name: str = "sft"
     tasks: tuple[str, ...] = DEFAULT_TASKS
     data: tuple[str, ...] = ()
-    lengths: tuple[Length, ...] = (Length(512, 1024),)
+    lengths: tuple[Length, ...] = (Length(512, 1024),)  # numbers and texts are read as such
     samples: int = 20
     train_samples: int = 12
     sft: SftRecipe | None = field(default_factory=SftRecipe)
@@ -86,6 +87,8 @@ class ProbeStudy:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        read = tuple(one if isinstance(one, Length) else Length.parse(str(one)) for one in self.lengths)
+        object.__setattr__(self, "lengths", read)
         if not self.name.strip():
             raise LccpError("a probe needs a name, like sft")
         if not (self.tasks or self.data) or not self.lengths:
@@ -128,6 +131,7 @@ def probe(
     folders: Sequence[str | Path] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    access: Access | None = None,
     keep: bool = False,
     heads: bool = False,
     retry: bool = False,
@@ -141,6 +145,7 @@ def probe(
         checkpoints: only these (names in the run); None means all.
         folders: where the checkpoints are now, if not where run.json says: folders of checkpoints, matched by name.
         device, dtype: as in `load_model`.
+        access: how checkpoints of a hub, with pickles or code of their own are come by; see `Access`.
         keep: keep what fine-tuning made, under `sft/STUDY/CHECKPOINT` in the run.
         heads: score the heads of every fine-tuned checkpoint too, on the run's own cases, into the run folder
             `sft/STUDY/heads` in the run (`head_run`); `dynamics.paired_heads` says which were born and died across.
@@ -158,7 +163,7 @@ def probe(
     Example:
         >>> probe("runs/demo", ProbeStudy(tasks=("longbio",)))   # doctest: +SKIP
     """
-    from lccp_interp.capture.model import load_model, load_tokenizer
+    from lccp_interp.capture.model import load_tokenizer
     from lccp_interp.tasks.items import PromptWriter
 
     opened = run if isinstance(run, Run) else Run.open(run)
@@ -189,7 +194,7 @@ def probe(
             report(start + part, total, name)
 
         advance(0)
-        model = load_model(unit.checkpoint.path, device=device, dtype=dtype)
+        model = load_located(unit.checkpoint, device=device, dtype=dtype, access=access)
         unit.run(model, items, training, cost, advance, keep=keep, heads=heads)
         done = begun + cost.per_checkpoint
         del model
@@ -348,8 +353,7 @@ class _Unit:
         texts = answers_frame(answers, items).with_columns(
             checkpoint=pl.lit(checkpoint.name), tokens_seen=pl.lit(checkpoint.tokens_seen), study=pl.lit(study.name)
         )
-        with replacing(self.generations) as temporary:
-            texts.write_parquet(temporary, metadata={"execution": json.dumps(record)})
+        write_part(texts, self.generations, metadata={"execution": json.dumps(record)})
         rows = summarise(answers, items, k=study.k).with_columns(
             checkpoint=pl.lit(checkpoint.name),
             tokens_seen=pl.lit(checkpoint.tokens_seen),
@@ -375,31 +379,30 @@ def _items(writer: Any, study: ProbeStudy) -> tuple[list[Item], list[Item]]:
 
 def _record(run: Run, study: ProbeStudy, items: Sequence[Item], training: Sequence[Item]) -> None:
     """Enter the study in run.json, once; another one of the same name is refused."""
-    manifest = Run.open(run.path).manifest  # another writer may have added to it
-    studies = manifest.setdefault("probe_studies", [])
-    config = study.config()
-    for old in studies:
-        if old["name"] != study.name:
-            continue
-        differing = [key for key in config if old["config"].get(key) != config[key]]
-        if differing:
-            raise LccpError(
-                f"{run.path} holds another probe named {study.name!r}: {', '.join(differing)} differ "
-                f"({differing[0]}: there {json.dumps(old['config'].get(differing[0]))}, asked "
-                f"{json.dumps(config[differing[0]])}); choose another --name, or repeat its options"
-            )
-        return
-    tokens = [sum(len(item.prompt_ids) for item in group) for group in (items, training)]
-    studies.append(
-        {
-            "name": study.name,
-            "config": config,
-            "config_hash": config_hash(config),
-            "n_items": len(items),
-            "item_tokens": tokens[0],
-            "n_training_items": len(training),
-            "training_tokens": tokens[1],
-            **provenance(),
-        }
-    )
-    write_json(run.path / "run.json", manifest)
+    with editing(run.path) as manifest:
+        studies = manifest.setdefault("probe_studies", [])
+        config = study.config()
+        for old in studies:
+            if old["name"] != study.name:
+                continue
+            differing = [key for key in config if old["config"].get(key) != config[key]]
+            if differing:
+                raise LccpError(
+                    f"{run.path} holds another probe named {study.name!r}: {', '.join(differing)} differ "
+                    f"({differing[0]}: there {json.dumps(old['config'].get(differing[0]))}, asked "
+                    f"{json.dumps(config[differing[0]])}); choose another --name, or repeat its options"
+                )
+            return
+        tokens = [sum(len(item.prompt_ids) for item in group) for group in (items, training)]
+        studies.append(
+            {
+                "name": study.name,
+                "config": config,
+                "config_hash": config_hash(config),
+                "n_items": len(items),
+                "item_tokens": tokens[0],
+                "n_training_items": len(training),
+                "training_tokens": tokens[1],
+                **provenance(),
+            }
+        )

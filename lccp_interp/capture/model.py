@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lccp_interp.capture.rows import AttentionCall, RowSink, edit_attention, tap_rows
 from lccp_interp.capture.views import OWN, keep_logits, row_reader
-from lccp_interp.checkpoints import read_config, verify_folder
+from lccp_interp.checkpoints import read_config, verify_folder, weight_files
+from lccp_interp.checkpoints.folders import is_pickled
 from lccp_interp.schema import LccpError
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class HookedModel:
     name: str
     cache_fault: str = ""
     """What a self-check found wrong with running a prompt in pieces; then every prompt is run whole."""
+    runs_remote_code: bool = False
+    """Whether the checkpoint's own Python code makes the model or the tokenizer; off unless asked for."""
+    from_pickle: bool = False
+    """Whether the weights were pickled; refused unless asked for."""
 
     @property
     def device(self) -> torch.device:
@@ -247,6 +252,8 @@ def load_model(
     dtype: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> HookedModel:
     """Load a checkpoint for capture.
 
@@ -256,10 +263,13 @@ def load_model(
         dtype: `auto` (float32 on a CPU, else the checkpoint's own), `float32`, `bfloat16`, `float16`.
         device_map: as in transformers (`"auto"` spreads the layers over all devices; needs accelerate).
         revision: branch, tag or commit of a hub repository.
+        trust_remote_code: run Python code that the checkpoint brings, where transformers has none of its own for it.
+        allow_pickle: take pickled weights (`pytorch_model.bin`) where there are no safetensors. They are read with
+            torch's restricted unpickler (`weights_only`).
 
     Raises:
         LccpError: no such folder, no weights or tokenizer in it, a truncated weight file, an architecture that this
-            transformers does not know or whose attention cannot be captured.
+            transformers does not know or whose attention cannot be captured, code or pickles that were not asked for.
 
     Example:
         >>> load_model("no/such/place/at-all")
@@ -270,15 +280,17 @@ def load_model(
     from transformers.utils import logging as transformers_logging
 
     # The config first: of a model that is no decoder nothing else needs to be right, or read.
-    read_architecture(checkpoint, revision=revision)
+    read_architecture(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    pickled = False
     if not _is_hub_id(checkpoint):
-        verify_folder(Path(checkpoint))
+        verify_folder(Path(checkpoint), allow_pickle=allow_pickle)
+        pickled = is_pickled(weight_files(Path(checkpoint), allow_pickle=allow_pickle))
     placement: Any = device_map
     if device_map is None:
         device, dtype = resolve(device, dtype, checkpoint)
         # Straight to the GPU: the weights of a large model may not fit into the host's memory on the way.
         placement = {"": device} if torch.device(device).type == "cuda" else None
-    tokenizer = load_tokenizer(checkpoint, revision=revision)
+    tokenizer = load_tokenizer(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     before = transformers_logging.get_verbosity()
     # Its tables of missing weights and its bar per checkpoint would tear our one line apart; we report both ourselves.
     transformers_logging.set_verbosity_error()
@@ -289,7 +301,10 @@ def load_model(
             dtype=DTYPES.get(dtype, "auto"),
             device_map=placement,
             revision=revision,
-            use_safetensors=True,
+            # None takes safetensors where there are any.
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises nearly every type on a broken config or file
@@ -306,7 +321,18 @@ def load_model(
         # Some architectures do without; then transformers' choice stays.
         with contextlib.suppress(ValueError, ImportError):
             model.set_attn_implementation(kernel)
-    return HookedModel(model=model.eval(), tokenizer=tokenizer, name=folder_name(checkpoint))
+    return HookedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name=folder_name(checkpoint),
+        runs_remote_code=_is_remote(model) or _is_remote(tokenizer),
+        from_pickle=pickled,
+    )
+
+
+def _is_remote(thing: object) -> bool:
+    """Whether its class comes from a checkpoint; transformers puts such code into a package of this name."""
+    return type(thing).__module__.partition(".")[0] == "transformers_modules"
 
 
 def flash_kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -329,12 +355,16 @@ WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "dense", "sparse")
 """Kinds of layers (transformers' `layer_types`) that have no attention weights."""
 
 
-def read_architecture(checkpoint: str | Path, *, revision: str | None = None) -> PreTrainedConfig:
+def read_architecture(
+    checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The config of a checkpoint, if it is of a decoder whose attention may be captured; no weights are read.
 
     Args:
         checkpoint: a local folder with a config.json, or a hub id.
         revision: branch, tag or commit of a hub repository.
+        trust_remote_code: run the code that a checkpoint of unknown type brings. Whether its attention can be captured
+            shows only in the self-check then.
 
     Raises:
         LccpError: no config, a model type that transformers does not know, an encoder-decoder, a model that is no
@@ -353,15 +383,18 @@ def read_architecture(checkpoint: str | Path, *, revision: str | None = None) ->
             verify_folder(Path(checkpoint))
         read_config(Path(checkpoint))
     try:
-        config = AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly every type on a broken config
         if "trust_remote_code" in str(error):
             raise LccpError(
-                f"checkpoint {checkpoint} brings modelling code of its own, which is never run here; give a model type "
-                "that transformers knows, or convert it to one"
+                f"checkpoint {checkpoint} brings modelling code of its own (auto_map in its config.json), which is not "
+                "run unless asked for; read that code, and if you trust it with all that you may do on this machine, "
+                "give --trust-remote-code, or convert the checkpoint to a model type that transformers knows"
             ) from error
         nor_here = f"; nor is there a folder {checkpoint}" if _is_hub_id(checkpoint) else ""
         raise LccpError(f"checkpoint {checkpoint} cannot be loaded: {one_line(error)}{nor_here}") from error
+    if _is_remote(config):
+        return config
     if obstacle := _architecture_obstacle(config):
         raise LccpError(f"checkpoint {checkpoint} {obstacle}")
     return config
@@ -451,17 +484,25 @@ def _refuse_other_weights(checkpoint: str | Path, architecture: str, loading: di
             )
 
 
-def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
     Raises:
-        LccpError: it is missing or cannot be read.
+        LccpError: it is missing or cannot be read, or is code of the checkpoint's own that was not asked for.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
+        return AutoTokenizer.from_pretrained(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
+        if "trust_remote_code" in str(error):
+            raise LccpError(
+                f"the tokenizer of {checkpoint} is code of its own (auto_map in its tokenizer_config.json), which is "
+                "not run unless asked for; read that code, and if you trust it with all that you may do on this "
+                "machine, give --trust-remote-code"
+            ) from error
         raise LccpError(f"the tokenizer of {checkpoint} cannot be loaded: {one_line(error)}") from error
 
 

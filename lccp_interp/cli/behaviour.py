@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lccp_interp.cli.sources import DiskBudgetOption, PickleOption, TrustOption, access_of
 from lccp_interp.cli.terminal import Format, FormatOption, RunArgument, app, guarded, items, print_records, progress_bar
 from lccp_interp.schema import LccpError
 
@@ -114,6 +115,9 @@ def probe(
     seed: Annotated[int, typer.Option(help="Seed of items, samples and fine-tuning.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
+    disk_budget: DiskBudgetOption = None,
+    trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Ask every checkpoint questions over long prompts, after light fine-tuning if asked; results join the run.
@@ -131,6 +135,7 @@ def probe(
         "folders": checkpoints,
         "device": device,
         "dtype": dtype,
+        "access": access_of(trust_remote_code, allow_pickle, disk_budget),
     }
     if sft and (lm_eval is not None or corpus):
         raise LccpError("--lm-eval and --corpus take the checkpoints as they are; leave out --sft")

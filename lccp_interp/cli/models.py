@@ -5,14 +5,40 @@ Each parses its options, calls one function of the package and prints what came 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lccp_interp.cli import terminal
+from lccp_interp.cli.execution import (
+    CpusPerWorkerOption,
+    DetachOption,
+    ExecutorOption,
+    GpusPerWorkerOption,
+    RayAddressOption,
+    SlurmOption,
+    ThreadsOption,
+    WorkersOption,
+    worker_options,
+)
+from lccp_interp.cli.sources import (
+    BranchOption,
+    CacheOption,
+    DiskBudgetOption,
+    PickleOption,
+    RevisionsOption,
+    SourcesArgument,
+    StageBeforeOption,
+    TokensOption,
+    TokensPerStepOption,
+    TrustOption,
+    search_options,
+)
 from lccp_interp.cli.terminal import (
     EXIT_INPUT,
     ChatOption,
@@ -35,7 +61,7 @@ from lccp_interp.cli.terminal import (
     print_records,
     progress_bar,
 )
-from lccp_interp.schema import LccpError
+from lccp_interp.schema import Checkpoint, LccpError
 
 if TYPE_CHECKING:
     from lccp_interp.capture.verdict import SelfCheck
@@ -51,34 +77,33 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of needles and haystacks.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Head scores only; without interference, corpora and fine-tuning.")
+        bool,
+        typer.Option("--quick", help="Head scores only; without interference, corpora, fine-tuning and removed heads."),
     ] = False,
 ) -> None:
     """Score and probe the bundled trajectory, draw the figures and write the report.
 
     Interrupt it at any time: what is finished stays, and the same command resumes.
     """
-    from lccp_interp.cli.runs import draw, findings_of, page_of
-    from lccp_interp.demo import run_demo
+    from lccp_interp.cli.runs import findings_of
+    from lccp_interp.demo import demo_study
+    from lccp_interp.study import run_study
 
     def note(text: str) -> None:
         print(f"lccp: {text}", file=sys.stderr)
 
-    run = run_demo(out, samples=samples, seed=seed, device=device, quick=quick, bar=progress_bar, note=note)
-    draw(run, out / "figures", length, ("pdf", "svg", "png"))
-    path = page_of(run, None, length)
+    study = demo_study(out, samples=samples, length=length, seed=seed, device=device, quick=quick)
+    run = run_study(study, bar=progress_bar, note=note)
     for heading, text in findings_of(run, length):
         print(f"{heading}: {text}\n")
-    print(f"report:  {path}\nfigures: {out / 'figures'}\ntables:  lccp heads {out} --length {length}")
+    print(f"report:  {out / 'report.html'}\nfigures: {out / 'figures'}\ntables:  lccp heads {out} --length {length}")
 
 
 @app.command()
 @guarded
 def score(
     context: typer.Context,
-    checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CHECKPOINT...", help="Checkpoint folders, or folders of checkpoints.")
-    ],
+    checkpoints: SourcesArgument,
     out: Annotated[Path, typer.Option(help="Run folder to write, or to resume.")],
     task: TaskOption = "niah",
     lengths: LengthsOption = "256,512,1024,2048,4096",
@@ -101,13 +126,15 @@ def score(
     backend: Annotated[
         str, typer.Option(help="Whose attention is scored: transformers (our tap), transformer_lens, nnsight.")
     ] = "transformers",
-    tokens: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=COUNT", help="Tokens seen by a checkpoint, e.g. step100=1.2B; may be repeated."),
-    ] = None,
-    tokens_per_step: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Tokens per training step, where names only tell steps.")
-    ] = None,
+    revisions: RevisionsOption = None,
+    branch: BranchOption = None,
+    tokens: TokensOption = None,
+    tokens_per_step: TokensPerStepOption = None,
+    stage_before: StageBeforeOption = None,
+    cache: CacheOption = None,
+    disk_budget: DiskBudgetOption = None,
+    trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
     seed: Annotated[int, typer.Option(help="Seed of needles, haystacks and where a sample begins.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
@@ -121,21 +148,35 @@ def score(
     self_check: Annotated[
         bool, typer.Option(help="Prove first that the model's attention is captured rightly (`lccp check`).")
     ] = True,
+    executor: ExecutorOption = "here",
+    workers: WorkersOption = 1,
+    cpus_per_worker: CpusPerWorkerOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
+    threads: ThreadsOption = None,
+    ray_address: RayAddressOption = None,
+    slurm: SlurmOption = None,
+    detach: DetachOption = False,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Score every attention head of every checkpoint on needle-in-a-haystack prompts.
 
     Interrupt it at any time: finished units stay, and the same command resumes.
     """
-    from lccp_interp.checkpoints import find_checkpoints, parse_count
+    from lccp_interp.checkpoints import find_checkpoints, parse_bytes
     from lccp_interp.cli.grids import GridOptions, grid_of
     from lccp_interp.sweep import Execution, score_grid
 
-    found = find_checkpoints(
-        checkpoints,
-        tokens=_token_table(tokens or []),
-        tokens_per_step=None if tokens_per_step is None else parse_count(tokens_per_step),
+    searched = search_options(
+        revisions=revisions,
+        branch=branch,
+        tokens=tokens,
+        tokens_per_step=tokens_per_step,
+        stage_before=stage_before,
+        cache=cache,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
+    found = find_checkpoints(checkpoints, **searched)
     options = GridOptions(
         lengths=lengths,
         depths=depths,
@@ -158,9 +199,36 @@ def score(
             mode=mode,
             backend=backend,
             dtype=dtype,
-            execution=Execution(device, device_map, sharing, chunk_tokens, self_check),
+            execution=Execution(
+                device,
+                device_map,
+                sharing,
+                chunk_tokens,
+                self_check,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                cache=cache,
+                disk_budget_bytes=parse_bytes(disk_budget),
+                **worker_options(
+                    executor=executor,
+                    workers=workers,
+                    cpus_per_worker=cpus_per_worker,
+                    gpus_per_worker=gpus_per_worker,
+                    threads=threads,
+                    ray_address=ray_address,
+                    slurm=slurm,
+                    detach=detach,
+                ),
+            ),
             progress=progress,
         )
+    if detach:
+        print(
+            f"lccp: SLURM has the jobs; `lccp status {out}` tells how far they are, and the same command without "
+            "--detach waits for them",
+            file=sys.stderr,
+        )
+        return
     _print_scored(run, out, [checkpoint.name for checkpoint in found], output_format)
 
 
@@ -169,9 +237,10 @@ def score(
 def plan(
     context: typer.Context,
     checkpoints: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            metavar="CHECKPOINT...", help="Checkpoint folders, or folders of them; a config.json alone is enough."
+            metavar="CHECKPOINT...",
+            help="Checkpoint folders, or folders of them (a config.json alone is enough), or revisions on a hub.",
         ),
     ],
     task: TaskOption = "niah",
@@ -201,6 +270,7 @@ def plan(
         str, typer.Option(help="Run what prompts have in common once: auto (where it is cheaper), on, off.")
     ] = "auto",
     chunk_tokens: Annotated[int, typer.Option(help="Tokens per forward pass of a long prompt.")] = 4096,
+    cache: CacheOption = None,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Say what a study runs and what memory it takes, before anything runs.
@@ -208,10 +278,10 @@ def plan(
     KV cache and working memory are added up over a model that has shapes and no weights.
     """
     from lccp_interp.cli.grids import GridOptions, grid_of
-    from lccp_interp.plan import find_configs, memory_here, parse_memory, plan_study, planning_tokenizer
+    from lccp_interp.plan import memory_here, parse_memory, plan_study, planning_tokenizer
     from lccp_interp.sweep import CASES_PER_SHARD, Execution
 
-    configs = find_configs(checkpoints)
+    configs = _configs(checkpoints, cache)
     options = GridOptions(
         lengths=lengths,
         depths=depths,
@@ -257,7 +327,8 @@ def check(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT...",
-            help="Checkpoint folders, folders of checkpoints, or hub ids; with --random also model types (llama).",
+            help="Checkpoint folders, folders of checkpoints, revisions on a hub (organisation/name@revision), or hub "
+            "ids; with --random also model types (llama).",
         ),
     ],
     random: Annotated[
@@ -267,6 +338,9 @@ def check(
     seed: Annotated[int, typer.Option(help="Seed of the prompt, and of random weights.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
+    cache: CacheOption = None,
+    trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Prove on a short random prompt that a model's attention is captured rightly; exit code 2 if it is not.
@@ -276,17 +350,23 @@ def check(
     from lccp_interp.capture.model import folder_name, load_model
     from lccp_interp.capture.selfcheck import random_model, self_check
     from lccp_interp.capture.verdict import finding_rows
+    from lccp_interp.checkpoints import Depot
 
     records: list[dict[str, Any]] = []
-    for folder in _check_folders(checkpoints):
-        record: dict[str, Any] = {"checkpoint": folder_name(folder), "passed": False, "error": None}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    depot = Depot(cache=cache, **trust)
+    for found in _check_folders(checkpoints, cache, trust):
+        folder = found if isinstance(found, str) else str(found.path)
+        name = folder_name(found) if isinstance(found, str) else found.name
+        record: dict[str, Any] = {"checkpoint": name, "passed": False, "error": None}
         records.append(record)
         try:
             if random:
                 model = random_model(folder, seed=seed, device=device, dtype=dtype)
             else:
-                model = load_model(folder, device=device, dtype=dtype)
-            checked = self_check(model, seed=seed)
+                with contextlib.nullcontext() if isinstance(found, str) else depot.hold(found):
+                    model = load_model(folder, device=device, dtype=dtype, **trust)
+            checked = self_check(replace(model, name=name), seed=seed)
             record |= checked.as_record()
             if output_format is Format.table:
                 _print_check(checked)
@@ -335,10 +415,32 @@ def _print_scored(run: Run, out: Path, names: Sequence[str], output_format: Form
         print_records([{"run": str(out), "checkpoint": name, "cases": cases} for name in names], output_format)
 
 
-def _check_folders(paths: Sequence[str]) -> list[str]:
+def _configs(sources: Sequence[str], cache: Path | None) -> list[tuple[str, Path]]:
+    """Name and folder of every config; of revisions on a hub only that and the tokenizer are fetched."""
+    from lccp_interp.checkpoints import list_checkpoints
+    from lccp_interp.checkpoints.sources import split_source
+    from lccp_interp.plan import find_configs
+
+    local = [source for source in sources if split_source(source) is None]
+    found = list_checkpoints([source for source in sources if source not in local], cache=cache)
+    for one in found:
+        if one.hash is None:
+            raise LccpError(one.fault)
+    return [(one.name, one.path) for one in found] + (find_configs(local) if local else [])
+
+
+def _check_folders(sources: Sequence[str], cache: Path | None, trust: dict[str, Any]) -> list[str | Checkpoint]:
     """Checkpoints as given, and those in the folders given; what is wrong with one is found on loading it."""
-    found = []
-    for path in map(Path, paths):
+    from lccp_interp.checkpoints import find_checkpoints
+    from lccp_interp.checkpoints.sources import split_source
+
+    found: list[str | Checkpoint] = []
+    for source in sources:
+        # Without a revision it is the hub client's business, as everywhere in transformers.
+        if "@" in source and split_source(source) is not None:
+            found += find_checkpoints([source], cache=cache, **trust)
+            continue
+        path = Path(source)
         inner = [] if (path / "config.json").is_file() or not path.is_dir() else sorted(path.glob("*/config.json"))
         if path.is_dir() and not inner and not (path / "config.json").is_file():
             raise LccpError(f"{path} holds no checkpoint: it has no config.json, nor has a folder in it")
@@ -351,15 +453,3 @@ def _print_check(checked: SelfCheck) -> None:
     print_records(checked.rows(), Format.table)
     how = "run once where they share a beginning" if checked.shares_prefixes else "run whole"
     print(f"prompts are {how}: {checked.sharing}\n", flush=True)
-
-
-def _token_table(entries: Sequence[str]) -> dict[str, int]:
-    from lccp_interp.checkpoints import parse_count
-
-    table = {}
-    for entry in entries:
-        name, equals, count = entry.rpartition("=")
-        if not equals:
-            raise LccpError(f"--tokens {entry!r}: write NAME=COUNT, like step100=1.2B")
-        table[name] = parse_count(count)
-    return table

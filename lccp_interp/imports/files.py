@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from lccp_interp.schema import LccpError
-from lccp_interp.store import Run, write_json
+from lccp_interp.store import Run, editing
 
 
 def csv_rows(
@@ -138,9 +138,7 @@ def record_import(run: Run, *, name: str, kind: str, path: Path, table: Path, ro
         "rows": rows,
         **more,
     }
-    manifest = Run.open(run.path).manifest  # another writer may have added to it
-    imports = manifest.setdefault("imports", [])
-    if any({key: value for key, value in old.items() if key != "imported"} == record for old in imports):
-        return
-    imports.append({**record, "imported": datetime.now(UTC).isoformat(timespec="seconds")})
-    write_json(run.path / "run.json", manifest)
+    with editing(run.path) as manifest:
+        imports = manifest.setdefault("imports", [])
+        if all({key: value for key, value in old.items() if key != "imported"} != record for old in imports):
+            imports.append({**record, "imported": datetime.now(UTC).isoformat(timespec="seconds")})

@@ -21,7 +21,7 @@ from scipy.stats import t as student_t
 
 from lccp_interp.imports.files import brief, csv_rows, index, number, read_json, read_text, record_import
 from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
-from lccp_interp.store import Run, file_stem, is_whole, replacing
+from lccp_interp.store import Run, file_stem, is_whole, write_part
 
 HEADS_SCHEMA: dict[str, Any] = {
     "source": pl.String,
@@ -225,8 +225,7 @@ def import_heads(into: str | Path, kind: str | None, path: str | Path, *, name: 
         if not pl.read_parquet(target).equals(heads):
             raise LccpError(f"{target} is there with other scores; give another --name, or delete it first")
     else:
-        with replacing(target) as temporary:
-            heads.write_parquet(temporary)
+        write_part(heads, target)
     record_import(run, name=name, kind=str(heads["kind"][0]), path=path, table=target, rows=heads.height)
     return heads
 

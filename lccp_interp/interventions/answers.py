@@ -133,7 +133,7 @@ def other_cases(cases: Sequence[Case]) -> list[Case]:
         found.append(next((other for other in following if other.needle_id != case.needle_id), following[0]))
     if any(case.needle_id == other.needle_id for case, other in zip(cases, found, strict=True)):
         warnings.warn(
-            "all cases hide one needle: resampled heads bring its answer along; use several needles or --kind zero",
+            "all cases hide one needle: resampled heads bring its answer along; use several needles or another --kind",
             stacklevel=3,
         )
     return found

@@ -26,18 +26,9 @@ import polars as pl
 
 from lccp_interp.interventions.choice import HeadSet, chosen_cases, head_sets, ranked_heads, set_sizes
 from lccp_interp.interventions.heads import Head, check_heads, head_text, known_heads
-from lccp_interp.parts import check_parts
 from lccp_interp.schema import Case, Checkpoint, LccpError
-from lccp_interp.store import (
-    Run,
-    config_hash,
-    file_stem,
-    is_whole,
-    provenance,
-    replacing,
-    write_json,
-)
-from lccp_interp.sweep import Progress, find_run_checkpoints
+from lccp_interp.store import Run, check_parts, config_hash, editing, file_stem, is_whole, provenance, write_part
+from lccp_interp.sweep import Access, Progress, find_run_checkpoints, load_located
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
@@ -80,6 +71,7 @@ def ablate_heads(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
     """Ask a run's checkpoints its own cases again, without their best heads and without random ones.
@@ -101,6 +93,7 @@ def ablate_heads(
         folders: where the checkpoints are now, if not where run.json says.
         seed: of the random sets.
         device, dtype: as in `load_model`.
+        access: how checkpoints of a hub, with pickles or code of their own are come by; see `Access`.
         progress: told (tokens done, tokens in all, message).
 
     Returns:
@@ -113,7 +106,7 @@ def ablate_heads(
     Example:
         >>> ablate_heads("runs/demo", k=[3], length=1024)   # doctest: +SKIP
     """
-    from lccp_interp.capture.model import load_model, read_architecture, resolve
+    from lccp_interp.capture.model import read_architecture, resolve
     from lccp_interp.capture.prefill import release_memory
     from lccp_interp.capture.selfcheck import self_check
 
@@ -164,7 +157,7 @@ def ablate_heads(
     for unit in work:
         if unit.is_done:
             continue
-        model = load_model(unit.checkpoint.path, device=device, dtype=dtype)
+        model = load_located(unit.checkpoint, device=device, dtype=dtype, access=access)
         if cache_fault is None:
             checked = self_check(model)
             checked.require()
@@ -278,10 +271,7 @@ class _Unit:
             for case, (loss, exact) in zip(cases, answers[tuple(sorted(own.heads))], strict=True)
         ]
         record = {"device": str(model.device), "seconds": round(time.monotonic() - began, 1)}
-        with replacing(self.part) as temporary:
-            pl.DataFrame(rows, schema=ABLATIONS_SCHEMA).write_parquet(
-                temporary, metadata={"execution": json.dumps(record)}
-            )
+        write_part(pl.DataFrame(rows, schema=ABLATIONS_SCHEMA), self.part, metadata={"execution": json.dumps(record)})
 
 
 def _folder(run: Run) -> Path:
@@ -310,8 +300,7 @@ def _warn_of_unmatched(work: Sequence[_Unit]) -> None:
 
 def _record(run: Run, study: str, config: dict[str, Any]) -> None:
     """Enter the study in run.json, once; its name holds the hash of its config."""
-    manifest = Run.open(run.path).manifest  # another writer may have added to it
-    studies = manifest.setdefault("ablations", [])
-    if study not in [entry["name"] for entry in studies]:
-        studies.append({"name": study, "config": config, "config_hash": config_hash(config), **provenance()})
-        write_json(run.path / "run.json", manifest)
+    with editing(run.path) as manifest:
+        studies = manifest.setdefault("ablations", [])
+        if study not in [entry["name"] for entry in studies]:
+            studies.append({"name": study, "config": config, "config_hash": config_hash(config), **provenance()})
