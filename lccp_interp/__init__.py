@@ -55,6 +55,12 @@ _HOMES = {
     "head_outputs": "interventions.hooks",
     "mean_outputs": "interventions.hooks",
     "patch_paths": "interventions.paths",
+    "trace_circuit": "interventions.tracing",
+    "head_graph": "interventions.circuits",
+    "logit_contributions": "interventions.circuits",
+    "copying_scores": "interventions.weights",
+    "matching_scores": "interventions.weights",
+    "HeadGraph": "interventions.graph",
     "fine_tune": "behaviour.sft",
     "answer_items": "behaviour.evaluate",
     "ProbeStudy": "behaviour.probe",
@@ -131,6 +137,9 @@ if TYPE_CHECKING:
     from lccp_interp.imports import import_probes as import_probes
     from lccp_interp.imports import read_heads as read_heads
     from lccp_interp.interventions.causal import ablate_heads as ablate_heads
+    from lccp_interp.interventions.circuits import head_graph as head_graph
+    from lccp_interp.interventions.circuits import logit_contributions as logit_contributions
+    from lccp_interp.interventions.graph import HeadGraph as HeadGraph
     from lccp_interp.interventions.hooks import head_outputs as head_outputs
     from lccp_interp.interventions.hooks import mask_span as mask_span
     from lccp_interp.interventions.hooks import mean_outputs as mean_outputs
@@ -139,6 +148,9 @@ if TYPE_CHECKING:
     from lccp_interp.interventions.hooks import scale_heads as scale_heads
     from lccp_interp.interventions.hooks import zero_heads as zero_heads
     from lccp_interp.interventions.paths import patch_paths as patch_paths
+    from lccp_interp.interventions.tracing import trace_circuit as trace_circuit
+    from lccp_interp.interventions.weights import copying_scores as copying_scores
+    from lccp_interp.interventions.weights import matching_scores as matching_scores
     from lccp_interp.monitor.callback import RetrievalHeadMonitor as RetrievalHeadMonitor
     from lccp_interp.monitor.observe import HeadObserver as HeadObserver
     from lccp_interp.monitor.watch import watch as watch

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lccp_interp.capture import rows as tap
 from lccp_interp.capture.model import HookedModel, flash_kernel, load_model
-from lccp_interp.capture.rows import TAP_NAME, tap_rows
+from lccp_interp.capture.rows import TAP_NAME, edit_attention, tap_rows
 from lccp_interp.schema import LccpError
 
 ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "hunyuan_v1_moe")
@@ -117,6 +117,26 @@ def test_rows_go_through_half_precision_in_float32():
     with torch.inference_mode(), tap_rows(model, torch.tensor([39]), got.__setitem__):
         model(prompts(model))
     assert all(weights.dtype == torch.float32 for weights in got.values())
+
+
+def test_rows_are_float32_inside_autocast():
+    model = tiny_model("llama")
+    calls, got = [], {}
+
+    def keep_call(call):
+        calls.append(call)
+        return call.output
+
+    # As in a training with mixed precision: the layers run in bfloat16, the rows are made of what they give.
+    mixed = torch.autocast("cpu", dtype=torch.bfloat16)
+    with torch.inference_mode(), mixed, edit_attention(model, keep_call):  # noqa: SIM117
+        with tap_rows(model, torch.tensor([39]), got.__setitem__):
+            model(prompts(model))
+    assert torch.equal(calls[0].value, calls[0].value.bfloat16().to(calls[0].value.dtype))
+    for call in calls:
+        keys = call.key.float().repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+        logits = torch.einsum("bhd,bhkd->bhk", call.query[:, :, 39].float(), keys) * call.module.scaling
+        torch.testing.assert_close(got[call.layer][:, :, 0], logits.softmax(-1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("model_type", "kernel"), [("gemma2", "eager"), ("gpt_oss", "eager"), ("llama", "sdpa")])

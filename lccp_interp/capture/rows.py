@@ -21,7 +21,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -230,6 +230,50 @@ def _weights(
     return weights
 
 
+def row_weights(call: AttentionCall, rows: Tensor) -> Tensor:
+    """The attention weights of some queries of a call, as the model's own eager attention makes them.
+
+    Args:
+        call: of one layer; its query, key and value may be others than the layer was given, also of more sequences.
+        rows: Int `[row]`, queries within the call.
+
+    Returns:
+        Float32 `[batch, head, row, key]`, on the call's device.
+    """
+    query, key = call.query, call.key
+    rows = rows.to(query.device)
+    mask = _rows_mask(call.mask, rows, query, key, call.kernel, call.options.get("sliding_window"))
+    # In float32, for half-precision logits tie, also where a training has switched autocast on; of the values one
+    # column is enough, the product is not used.
+    with _without_autocast(query.device.type):
+        return _weights(
+            eager_function(call.module), call.module, query[:, :, rows].float(), key.float(),
+            call.value[..., :1].float(), mask, **_sliced(call.options, rows, query.shape[2]),
+        ).float()  # fmt: skip
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Computation as it is written; a device that knows no autocast (one without numbers) computes so anyway."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def output_of(call: AttentionCall) -> Tensor:
+    """What the layer's kernel makes of a call's query, key and value, `[batch, query, head, d_head]`."""
+    return _kernel_output(call.kernel, call.module, call.query, call.key, call.value, call.mask, **call.options)
+
+
+def _kernel_output(
+    kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    if kernel == "eager":
+        return _eager_output(module, query, key, value, mask, **kwargs)
+    if kernel == "sdpa":
+        return _sdpa_output(module, query, key, value, mask, **kwargs)
+    return _flash_output(kernel, module, query, key, value, mask, **kwargs)
+
+
 def output_without(call: AttentionCall, heads: Sequence[int], span: tuple[int, int]) -> Tensor:
     """What some heads of a call make of their keys if those of a span are not there.
 
@@ -371,29 +415,16 @@ def _tapped_attention(
     if tap is None:
         raise LccpError(f"attention implementation {TAP_NAME!r} was called outside of `tap_rows`; set another one")
     layer = _layer(module, key, tap, **kwargs)
-    eager = eager_function(module)
+    eager_function(module)  # refuses what has none
     if (indices := kwargs.pop("indices", None)) is not None:
         attention_mask = _chosen_keys(attention_mask, query, key, indices)
-    if tap.kernel == "eager":
-        output = _eager_output(module, query, key, value, attention_mask, **kwargs)
-    elif tap.kernel == "sdpa":
-        output = _sdpa_output(module, query, key, value, attention_mask, **kwargs)
-    else:
-        output = _flash_output(tap.kernel, module, query, key, value, attention_mask, **kwargs)
+    output = _kernel_output(tap.kernel, module, query, key, value, attention_mask, **kwargs)
+    call = AttentionCall(layer, tap.first_query, module, query, key, value, attention_mask, tap.kernel, kwargs, output)
     if tap.rows is not None:
-        rows = tap.rows.to(query.device)
-        mask = _rows_mask(attention_mask, rows, query, key, tap.kernel, kwargs.get("sliding_window"))
-        # In float32, for half-precision logits tie; of the values one column is enough, the product is not used.
-        weights = _weights(
-            eager, module, query[:, :, rows].float(), key.float(), value[..., :1].float(), mask,
-            **_sliced(kwargs, rows, query.shape[2]),
-        )  # fmt: skip
-        tap.sink(layer, weights.float())
+        tap.sink(layer, row_weights(call, tap.rows))
     for edit in tap.edits:
-        output = edit(
-            AttentionCall(layer, tap.first_query, module, query, key, value, attention_mask, tap.kernel, kwargs, output)
-        )
-    return output, None
+        call = replace(call, output=edit(call))
+    return call.output, None
 
 
 def _tapped_mask(*args: Any, **kwargs: Any) -> Tensor | None:
