@@ -510,7 +510,9 @@ def test_reading_ablations_needs_no_torch():
 def test_the_report_tells_it_in_words_first(checked, run):
     _, with_study = checked
     section = causes_section(RunTables(with_study, 128))
-    assert re.search(r"the loss rises by \d\S* nats without", section)
-    assert "They matter beyond random: the best 1 from" in section
+    assert re.search(r"loss rises by \d\S* nats without them", section)
+    assert "So retrieval needs these heads." in section
+    words = re.sub("<[^>]*>", "", section)
+    assert "They matter more than random heads: for exact answers the best 1 from step-1 on" in words
     assert section.count("<tr") == 1 + 4
     assert "lccp ablate RUN" in causes_section(RunTables(run, 128))

@@ -15,7 +15,7 @@ import pytest
 from synthetic import PLANTED, checkpoints, write_run
 
 from lccp_interp.dynamics import RunTables
-from lccp_interp.figures import FIGURES, caption, draw_figures, interactive, left_out, paper, style
+from lccp_interp.figures import FIGURES, TABLES, caption, draw_figures, interactive, left_out, paper, style
 from lccp_interp.figures.life_rows import life_rows
 from lccp_interp.schema import CaseResult, LccpError
 from lccp_interp.store import Run
@@ -78,7 +78,13 @@ def test_both_kinds_have_every_registered_figure() -> None:
         "head_lives": None,
         "cohort_survival": None,
         "reference_comparison": None,
+        "causal_check": None,
+        "causal_dates": None,
+        "metric_agreement": None,
     }
+    for name in TABLES:
+        assert callable(getattr(paper, name))
+    assert [entry.paper_figure for entry in TABLES.values() if entry.paper_figure] == [3, 4, 5, 6, 7]
 
 
 def test_draw_figures_writes_what_it_says(tables: RunTables, tmp_path: Path) -> None:
@@ -86,7 +92,7 @@ def test_draw_figures_writes_what_it_says(tables: RunTables, tmp_path: Path) -> 
     assert [path.name for path in written] == [
         *("fig2_ppl_heatmaps.png", "fig3_niah_trajectory.png", "fig4_head_heatmaps.png", "fig5_retrieval_heads.png"),
         *("fig7_depth_curves.png", "saturation_curves.png", "head_lives.png", "cohort_survival.png"),
-        *("reference_comparison.png", "captions.txt"),
+        *("reference_comparison.png", "metric_agreement.png", "captions.txt"),
     ]
     assert all(path.stat().st_size > 500 for path in written)
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {path.name for path in written}
@@ -130,7 +136,9 @@ def test_undefined_cells_are_named_not_hidden(tmp_path: Path) -> None:
     tables = RunTables(_odd_run("undefined scores", tmp_path / "run"))
     panels = min(style.MAX_PANELS, tables.scored.height)
     figure = paper.head_heatmaps(tables)
-    assert sum(text.get_text() == "n/a" for axis in figure.axes for text in axis.texts) == 3 * panels
+    hatched = [patch for axis in figure.axes for patch in axis.patches if patch.get_hatch()]
+    assert len(hatched) == 3 * panels
+    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["n/a (undefined)"]
     assert sum(note.text == "n/a" for note in interactive.head_heatmaps(tables).layout.annotations) == 3 * panels
 
 

@@ -111,9 +111,9 @@ def test_every_figure_of_the_paper_has_its_number() -> None:
 
 
 def test_a_whole_run_has_all_figures(tables: RunTables, tmp_path: Path) -> None:
-    assert left_out(tables) == {}
+    assert list(left_out(tables).values()) == [["causal_check", "causal_check_table", "causal_dates"]]
     written = draw_figures(tables, tmp_path, formats=("svg",))
-    assert len(written) == len(FIGURES) + 1
+    assert len(written) == len(FIGURES) - 2 + 1
     for name in BEHAVIOUR:
         assert json.loads(getattr(interactive, name)(tables).to_json())["layout"]["height"] > 200
 
@@ -121,15 +121,17 @@ def test_a_whole_run_has_all_figures(tables: RunTables, tmp_path: Path) -> None:
 def test_figures_without_numbers_are_left_out_with_the_command_that_adds_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", lengths=(256,), n_needles=3)
     written = draw_figures(run, tmp_path / "out", formats=("svg",))
-    assert len(written) == len(FIGURES) - len(BEHAVIOUR) + 1
+    assert len(written) == len(FIGURES) - len(BEHAVIOUR) - 2 + 1
     said = written[-1].read_text()
-    assert "Left out: probe_scores: no results after fine-tuning; `lccp probe RUN --sft` adds them." in said
+    paper_tables = "niah_correlation_table, head_correlation_table, niah_p_table, head_p_table"
+    assert f"Left out: probe_scores, {paper_tables}: no results after fine-tuning; `lccp probe RUN --sft` adds" in said
     assert "Left out: corpus_ppl: no corpus perplexity; `lccp probe RUN --corpus FILE` adds it." in said
     assert (
         "Left out: interference_heatmaps, interference_curves: no interference run; "
         "`lccp score CHECKPOINT... --task interference --out RUN/interference` makes one." in said
     )
-    assert set(_absent(run)) == set(BEHAVIOUR)
+    causal = ["causal_check", "causal_dates"]
+    assert {name for name in _absent(run) if not name.endswith("_table")} == {*BEHAVIOUR, *causal}
 
 
 def _absent(run: Run) -> list[str]:
@@ -172,7 +174,7 @@ def test_the_command_names_what_it_did_not_draw(
 def test_a_companion_that_cannot_be_read_is_told(run: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run.path, tmp_path / "run"))
     shutil.rmtree(folder / "interference" / "outcomes")
-    (reason,) = left_out(Run.open(folder))
+    (reason,) = [why for why, names in left_out(Run.open(folder)).items() if "interference_curves" in names]
     assert reason.startswith("its interference run cannot be read: run")
     assert "holds no finished outcomes yet" in reason
 
@@ -257,7 +259,9 @@ def test_both_forms_draw_the_panels(tables: RunTables, panels: dict[str, ProbePa
     made = list(panels.values())
     scale = probe_axis(tables, made)
     axes = paper.probe_scores(tables).axes
-    assert [axis.get_title() for axis in axes] == ["MRCR-style 2needle\n", "LongBio-style\n", "hellaswag\n"]
+    assert [axis.get_title() for axis in axes] == [
+        "MRCR-style 2needle\nsft, best@3, 1K tokens", "LongBio-style\nsft, pass@3, 1K tokens", "hellaswag\nacc_norm",
+    ]  # fmt: skip
     for axis, panel in zip(axes, made, strict=True):
         lines = [line for line in axis.lines if line.get_marker() == "o"]
         wanted = [*panel.lines, *([panel.mean] if panel.mean is not None else [])]
@@ -275,7 +279,7 @@ def test_of_many_subsets_only_the_mean_has_a_name(run: Run, tmp_path: Path) -> N
     more = [(i, "RULER-style", f"s{k}", 1024, "sft greedy", 0.5, 4, 0.1) for i in (3, 9) for k in range(13)]
     tables = RunTables(add_probes(folder, more, "ruler"))
     axis = paper.probe_scores(tables).axes[0]
-    assert axis.get_title() == "RULER-style\n"
+    assert axis.get_title().startswith("RULER-style\nsft, greedy")
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["mean of 13 subsets"]
 
 

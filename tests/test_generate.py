@@ -428,7 +428,7 @@ def test_figures_and_report_of_a_run_in_generate_mode(generate_run, tmp_path):
     assert counted["n_retrieval_heads"].to_list()[:4] == [0, 0, 0, 0]
     assert counted["n_retrieval_heads"][-1] >= 5
     assert "mean over 0 to 40 cases, greedy generation" in caption("head_heatmaps", tables)
-    assert len(draw_figures(tables, tmp_path / "figures", formats=["svg"])) == 10
+    assert len(draw_figures(tables, tmp_path / "figures", formats=["svg"])) == 11
     assert findings(tables)
     page = write_report(generate_run, tmp_path / "report.html").read_text()
     assert ">generate</td>" in page

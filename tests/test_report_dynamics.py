@@ -258,5 +258,5 @@ def test_a_page_comes_whatever_the_run_is(kind: str, reasons: tuple[str, ...], t
     text = write_report(run).read_text(encoding="utf-8")
     for words in reasons:
         assert words in text
-    assert len(re.findall('<h2 id="', text)) == 15
+    assert len(re.findall('<h2 id="', text)) == 17
     assert len(text) < 8_000_000

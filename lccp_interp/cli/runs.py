@@ -338,20 +338,27 @@ def _pairs(mapping: Sequence[str]) -> dict[str, str]:
 def figures(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: RUN/figures.")] = None,
-    formats: Annotated[str, typer.Option(help="pdf, svg, png.")] = "pdf,svg,png",
+    formats: Annotated[
+        str, typer.Option(help="Figures: pdf, svg, png, or html to look into; tables: tex, csv, md.")
+    ] = "pdf,svg,png,html,tex,csv,md",
+    columns: Annotated[
+        int | None, typer.Option(help="Of a page that pdf, svg and png span: 1 or 2; default: what suits each figure.")
+    ] = None,
     length: LengthOption = None,
 ) -> None:
-    """Draw the paper's figures from a run, those that it has the numbers for."""
+    """Draw the paper's figures and tables from a run, those that it has the numbers for."""
+    from lccp_interp.dynamics.tables import RunTables
+    from lccp_interp.figures import FORMATS, draw_figures, left_out
     from lccp_interp.store import Run
 
     chosen = items(formats, "--formats")
     for item in chosen:
-        if item not in ("pdf", "svg", "png"):
-            raise LccpError(f"unknown figure format {item!r}; known: pdf, svg, png")
-    opened = Run.open(run)
-    for path in draw(opened, out or run / "figures", length, tuple(chosen)):
+        if item not in FORMATS:
+            raise LccpError(f"unknown figure format {item!r}; known: {', '.join(FORMATS)}")
+    tables = RunTables(Run.open(run), length)
+    for path in draw_figures(tables, out or run / "figures", formats=chosen, columns=columns):
         print(path)
-    for reason, names in undrawn(opened).items():
+    for reason, names in left_out(tables).items():
         print(f"lccp: not drawn: {', '.join(names)}: {reason}", file=sys.stderr)
 
 
@@ -519,18 +526,6 @@ def findings_of(run: Run, length: int | None) -> Sequence[tuple[str, str]]:
     from lccp_interp.report import findings
 
     return [(finding.heading, finding.text) for finding in findings(RunTables(run, length))]
-
-
-def draw(run: Run, out: Path, length: int | None, formats: tuple[str, ...]) -> list[Path]:
-    from lccp_interp.figures import draw_figures
-
-    return draw_figures(run, out, formats=formats, length=length)
-
-
-def undrawn(run: Run) -> dict[str, list[str]]:
-    from lccp_interp.figures import left_out
-
-    return left_out(run)
 
 
 def page_of(run: Run, out: Path | None, length: int | None) -> Path:

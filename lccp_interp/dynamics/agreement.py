@@ -33,7 +33,7 @@ from lccp_interp.dynamics.resampling import (
     percentile_interval,
     resampled_means,
 )
-from lccp_interp.dynamics.selection import HeadValues, choose, head_values
+from lccp_interp.dynamics.selection import HeadValues, choose, choose_metric, head_values
 from lccp_interp.schema import NULL_SUFFIX, LccpError
 from lccp_interp.store import Run
 
@@ -114,16 +114,28 @@ def metric_agreement(
     return pl.DataFrame(rows, schema=AGREEMENT_SCHEMA)
 
 
-def _chosen(run: Run, metrics: Sequence[str] | None) -> list[str]:
+def held_metrics(run: Run) -> list[str]:
+    """The head metrics that a run holds, without their nulls, in the order it was asked for them.
+
+    Example:
+        >>> held_metrics(Run.open("runs/demo"))   # doctest: +SKIP
+        ['retrieval', 'wu', 'copy', 'needle_mass']
+    """
     held = run.collect(run.scores.select(pl.col("metric").unique()))["metric"].sort().to_list()
     known = [name for name in held if not name.endswith(NULL_SUFFIX)]
     asked = list(run.config.get("metrics", ()))
     known.sort(key=lambda name: asked.index(name) if name in asked else len(asked))
-    names = known if metrics is None else [choose("metric", name, known, str(run.path)) for name in metrics]
+    return known
+
+
+def _chosen(run: Run, metrics: Sequence[str] | None) -> list[str]:
+    known = held_metrics(run)
+    names = known if metrics is None else [choose_metric(name, known, run) for name in metrics]
     if len(set(names)) < 2 or len(set(names)) < len(names):
+        more = "" if len(known) > 1 else "; `lccp score CHECKPOINT... --metrics NAMES --out ANOTHER_RUN` measures more"
         raise LccpError(
             f"{run.path}: agreement is between at least two different metrics, got {', '.join(names) or 'none'}; the "
-            f"run holds {', '.join(known)}"
+            f"run holds {', '.join(known)}{more}"
         )
     return names
 

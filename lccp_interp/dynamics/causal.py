@@ -34,7 +34,9 @@ LEAST = 0.05
 CAUSAL_SCHEMA = {
     "study": pl.String, "checkpoint": pl.String, "tokens_seen": pl.Int64, "stage": pl.String, "kind": pl.String,
     "set": pl.String, "k": pl.Int64, "heads": pl.String, "outcome": pl.String,
-    "intact": pl.Float64, "removed": pl.Float64, "random": pl.Float64,
+    "intact": pl.Float64, "intact_low": pl.Float64, "intact_high": pl.Float64,
+    "removed": pl.Float64, "removed_low": pl.Float64, "removed_high": pl.Float64,
+    "random": pl.Float64, "random_low": pl.Float64, "random_high": pl.Float64,
     "harm": pl.Float64, "harm_low": pl.Float64, "harm_high": pl.Float64,
     "random_harm": pl.Float64, "random_harm_low": pl.Float64, "random_harm_high": pl.Float64,
     "beyond": pl.Float64, "beyond_low": pl.Float64, "beyond_high": pl.Float64,
@@ -57,7 +59,7 @@ def causal_table(
     Returns:
         Columns study, checkpoint, tokens_seen, stage, kind, set (`top` or `single`), k, heads (`2-2 3-3`), outcome (one
         of `OUTCOMES`), intact, removed, random (the outcome's mean with all heads, without these, without random ones),
-        harm, harm_low, harm_high, random_harm and its interval, beyond (harm less random harm) and its interval, n
+        harm, random_harm, beyond (harm less random harm), each of the six with its interval (`..._low`, `..._high`), n
         (cases), n_draws (random sets), layer_matched (whether all of these lie in the layers of the heads), ci_over
         (`clusters` or `cases`); sorted by tokens_seen, k and heads' place in the study. With one case intervals are
         NaN.
@@ -189,19 +191,19 @@ def _outcomes(
     rng = np.random.default_rng([seed, 1])
     in_draws = rng.multinomial(n_draws, np.full(n_draws, 1 / n_draws), size=n_boot) / n_draws
     all_cases, all_draws = np.full((1, n_cases), 1 / n_cases), np.full((1, n_draws), 1 / n_draws)
+    level = resamples.level
     records = []
     for outcome in OUTCOMES:
         point = _means(values, outcome, all_cases, all_draws)
         draws = _means(values, outcome, in_cases, in_draws)
+        low, high = percentile_interval(np.stack(list(draws.values()), axis=1), level)
         record: dict[str, object] = {"outcome": outcome}
-        for name, mean in point.items():
-            record[name] = float(mean[0])
-        for name in ("harm", "random_harm", "beyond"):
-            low, high = percentile_interval(draws[name][:, None], resamples.level)
+        for i, name in enumerate(point):
+            record[name] = float(point[name][0])
             # One case says nothing about its own spread.
             defined = resamples.n_units > 1
-            record |= {f"{name}_low": float(low[0]) if defined else np.nan}
-            record |= {f"{name}_high": float(high[0]) if defined else np.nan}
+            record |= {f"{name}_low": float(low[i]) if defined else np.nan}
+            record |= {f"{name}_high": float(high[i]) if defined else np.nan}
         records.append(record)
     return records
 

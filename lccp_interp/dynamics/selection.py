@@ -46,6 +46,23 @@ def choose(what: str, got: str, known: Sequence[str], where: str) -> str:
     raise LccpError(f"unknown {what} {got!r} in {where}: known are {', '.join(known) or 'none'}{hint}")
 
 
+def choose_metric(got: str, known: Sequence[str], run: Run) -> str:
+    """`got` if the run holds this head metric.
+
+    Raises:
+        LccpError: it does not; the ones it holds, the nearest, and the command that measures another.
+    """
+    try:
+        return choose("metric", got, known, str(run.path))
+    except LccpError as error:
+        if "did you mean" in str(error):
+            raise
+        raise LccpError(
+            f"{error}; a run keeps the metrics it was scored with, `lccp score CHECKPOINT... --metrics {got} --out "
+            "ANOTHER_RUN` measures this one if there is one of its name"
+        ) from None
+
+
 def base_checkpoint(checkpoints: pl.DataFrame) -> str:
     """Name of the base checkpoint: the last before the last stage, or the first where there is one stage only.
 
@@ -238,7 +255,7 @@ def head_values(
         LccpError: unknown metric, length or mode (the known ones are listed), or nothing scored at that length.
     """
     known = run.collect(run.scores.select(pl.col("metric").unique()))["metric"].sort().to_list()
-    metric = choose("metric", metric, known, str(run.path))
+    metric = choose_metric(metric, known, run)
     mode = choose_mode(run, mode)
     length = choose_length(run, length)
     cases = niah_cases(run).filter(pl.col("length") == length)

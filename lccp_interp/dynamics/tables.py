@@ -6,12 +6,15 @@ statistics of its own. Cost: each table is computed on first use and kept.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
 import polars as pl
 
 from lccp_interp.dynamics.births import events, lives
+from lccp_interp.dynamics.causal import causal_table
+from lccp_interp.dynamics.correlation import correlate
 from lccp_interp.dynamics.heads import HeadSample, census, head_sample, is_retrieval_head, stability
 from lccp_interp.dynamics.outcomes import interference_table, outcome_table
 from lccp_interp.dynamics.selection import (
@@ -23,6 +26,7 @@ from lccp_interp.dynamics.selection import (
     niah_cases,
     with_outcomes,
 )
+from lccp_interp.dynamics.series import run_series
 from lccp_interp.schema import RETRIEVAL_THRESHOLD
 from lccp_interp.store import Run
 
@@ -81,8 +85,14 @@ class RunTables:
         return run if isinstance(run, RunTables) else cls(run, length)
 
     def at(self, length: int) -> RunTables:
-        """The same run at another length."""
-        return RunTables(self.run, length, self.metric, self.mode)
+        """The same run at another length; its tables are kept, too."""
+        if length == self.head_length:
+            return self
+        return self._others.setdefault(length, RunTables(self.run, length, self.metric, self.mode))
+
+    @cached_property
+    def _others(self) -> dict[int, RunTables]:
+        return {}
 
     @cached_property
     def head_length(self) -> int:
@@ -166,6 +176,33 @@ class RunTables:
     def base(self) -> str:
         """Name of the base checkpoint."""
         return base_checkpoint(self.checkpoints)
+
+    def causal(self, study: str) -> pl.DataFrame:
+        """`causal_table` of one ablation study.
+
+        Raises:
+            LccpError: what `causal_table` raises.
+        """
+        if study not in self._causal:
+            self._causal[study] = causal_table(self.run, study)
+        return self._causal[study]
+
+    @cached_property
+    def _causal(self) -> dict[str, pl.DataFrame]:
+        return {}
+
+    @cached_property
+    def correlations(self) -> pl.DataFrame:
+        """`correlate` of the cheap series with the run's results, or among themselves where it has none.
+
+        Raises:
+            LccpError: what `run_series` and `correlate` raise.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # identical weights are told by the command
+            cheap, found = run_series(self.run, length=self.head_length, metric=self.metric, mode=self.read_mode)
+            # Benchmarks are dear: often only some checkpoints have them, and n says how many.
+            return correlate(cheap, None if found.is_empty() else found, common=True)
 
     @cached_property
     def has_grid(self) -> bool:

@@ -8,16 +8,24 @@ from lccp_interp.dynamics.curves import PROBE, corpus_name, metric_names
 from lccp_interp.dynamics.ranking import RBO_P
 from lccp_interp.dynamics.selection import choose
 from lccp_interp.dynamics.tables import InterferenceTables, RunTables
+from lccp_interp.figures.agreement_panels import agreement_map
+from lccp_interp.figures.causal_panels import causal_check_panels, causal_date_lines
 from lccp_interp.figures.cohorts import base_comparison, cohort
 from lccp_interp.figures.corpus_panels import corpus_panels
 from lccp_interp.figures.interference_panels import distance_rows, interference_of
 from lccp_interp.figures.life_rows import life_rows
 from lccp_interp.figures.probe_panels import MAX_PANELS, ProbePanel, probe_panels
 from lccp_interp.figures.saturation_panels import SHARE
-from lccp_interp.figures.style import format_length
+from lccp_interp.figures.style import format_length, format_number
 from lccp_interp.store import Run
 
 PPL_SCALE = "The perplexity scale is logarithmic in the loss (ln PPL), so that changes close to 1 can be seen."
+ABLATION_NAMES = {
+    "zero": "Removed heads put out zero",
+    "mean": "Removed heads put out their mean over all positions of the cases",
+    "resample": "Removed heads put out what they do in another case",
+    "blind": "Removed heads do not see the needle",
+}
 MODE_NAMES = {"teacher_forced": "teacher-forced", "generate": "greedy generation"}
 
 
@@ -128,7 +136,7 @@ def _saturation_curves(tables: RunTables) -> str:
     return (
         "Each metric against the tokens since the base checkpoint, on a linear axis (left) and a logarithmic one "
         "(right, the base by itself at the left end). Solid the shape that AICc chooses out of log-linear, exponential "
-        "and power law, named at the right; dashed A log N + B where another one was chosen. "
+        "and power law, named above it; dashed A log N + B where another one was chosen. "
         f"The line is where {100 * SHARE:g} % of the fitted gain is made, the shade its 95 % interval, lighter where "
         "it reaches beyond the last checkpoint. The verdict above each row is a rule's: the intervals, and a "
         "Mann-Kendall test of the later half of the checkpoints. "
@@ -257,7 +265,54 @@ def _interference_curves(tables: RunTables) -> str:
     )
 
 
+def _ablated(kind: str, n: int, length: int | None, n_draws: int, ci_over: str) -> str:
+    at = f" of {format_length(length)} tokens" if length else ""
+    units = "pairs of needle and haystack" if ci_over == "clusters" else "cases"
+    return (
+        f"{ABLATION_NAMES.get(kind, kind)}; n = {n} cases{at}, teacher-forced, {n_draws} random sets each. Bands: 95 % "
+        f"bootstrap intervals over {units} and random sets."
+    )
+
+
+def _causal_check(tables: RunTables) -> str:
+    made = causal_check_panels(tables)
+    which = "each head by itself" if made.is_single else "the k best heads"
+    layers = "the same layers" if made.layer_matched else "the same layers (where these have enough, else of all)"
+    rule = "" if made.is_single else " The axis of k is that of log(1 + k); at 0 all heads are there."
+    return (
+        f"Answer loss, share of exact answers (greedy) and answer perplexity (exp of the mean loss) of "
+        f"{made.checkpoint} without {which}, and without as many random other heads of {layers}.{rule} "
+        f"{_ablated(made.kind, made.n, made.length, made.n_draws, made.ci_over)} Ablation study {made.study}."
+    )
+
+
+def _causal_dates(tables: RunTables) -> str:
+    made = causal_date_lines(tables)
+    which = "each of these heads" if made.is_single else "each checkpoint's own k best heads"
+    hidden = f" {made.n_hidden} more are not drawn." if made.n_hidden else ""
+    return (
+        f"What is lost without {which} beyond what is lost without as many random heads of the same layers: above, "
+        "nats of answer loss; below, percentage points of exact answers. A diamond marks the first checkpoint at "
+        "which, and at the one after it, the whole interval lies above the dotted line (0.05 nats, 5 points); white "
+        f"where only one is left to tell.{hidden} "
+        f"{_ablated(made.kind, made.n, made.length, made.n_draws, made.ci_over)} Ablation study {made.study}."
+    )
+
+
+def _metric_agreement(tables: RunTables) -> str:
+    made = agreement_map(tables)
+    return (
+        f"Head metrics of {made.checkpoint} against each other: below the diagonal Spearman's rho over all "
+        f"{made.n_heads} heads, above it how many of the {made.top_k} highest heads both name "
+        f"({format_number(made.by_chance, 2)} by chance; ties count for their chance). Heads are ranked by their mean "
+        f"over {made.n} cases of {format_length(made.length)} tokens, {_mode(tables)}."
+    )
+
+
 _WRITERS = {
+    "causal_check": _causal_check,
+    "causal_dates": _causal_dates,
+    "metric_agreement": _metric_agreement,
     "probe_scores": _probe_scores,
     "corpus_ppl": _corpus_ppl,
     "interference_heatmaps": _interference_heatmaps,

@@ -16,13 +16,17 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.saturation import format_tokens
+from lccp_interp.dynamics.selection import base_checkpoint
 from lccp_interp.schema import LccpError
+from lccp_interp.store import Run
 
 Item = TypeVar("Item")
 
 VIRIDIS = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6dcd59", "#b4de2c")
 PLASMA = ("#0d0887", "#5b02a3", "#9a179b", "#cb4678", "#eb7852", "#f8a32f")
+EARLIER = ("#8c8c8c", "#c4c4c4")
 SCORES = ("#f7fbff", "#d2e3f3", "#9ac8e1", "#529dcc", "#1c6cb1", "#08306b")
+CORRELATION = ("#8c510a", "#d8b365", "#f6f1e6", "#f5f5f5", "#e6f1ef", "#5ab4ac", "#01665e")
 PERPLEXITY = ("#fdf6e3", "#fde0a6", "#f9b56b", "#ee7a4d", "#c8415b", "#7f2a6e", "#2f1453")
 
 INK = "#222222"
@@ -39,6 +43,16 @@ COLOURS = {
     "birth": "#009e73",
     "death": "#cc3311",
 }
+METRIC_COLOURS = {
+    "niah_score": "#0072b2",
+    "greedy_exact": "#0072b2",
+    "answer_ppl": "#d55e00",
+    "loss_nats": "#d55e00",
+    "n_retrieval_heads": "#222222",
+    "mean_initial_score": "#009e73",
+}
+"""Colours of measures, the same in every figure; those of a score and of a perplexity share theirs with its loss."""
+
 KINDS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Colours of things without an order (Okabe and Ito)."""
 
@@ -98,9 +112,34 @@ def sequence_colour(scale: Sequence[str], fraction: float) -> str:
     return "#" + "".join(f"{round(float(part)):02x}" for part in mixed)
 
 
+def metric_colour(metric: str) -> str:
+    """The colour of a measure; of one that has none of its own (corpus perplexity) that of the fourth kind.
+
+    Example:
+        >>> metric_colour("loss_nats") == metric_colour("answer_ppl"), metric_colour("probe:x")
+        (True, '#cc79a7')
+    """
+    return METRIC_COLOURS.get(metric, KINDS[3])
+
+
 def spread_colours(scale: Sequence[str], n: int) -> list[str]:
     """`n` colours evenly over a scale."""
     return [sequence_colour(scale, i / (n - 1) if n > 1 else 0.0) for i in range(n)]
+
+
+def checkpoint_colours(run: Run, names: Sequence[str]) -> list[str]:
+    """A colour per checkpoint, by its place among those of `run`, so that it is the same in every figure.
+
+    From the base on they go along viridis, earlier ones are grey, darker the earlier. Where `run` does not list one of
+    them, all get theirs by their place among `names`.
+    """
+    listed = run.checkpoints.sort("tokens_seen", "name")["name"].to_list()
+    if not set(names) <= set(listed):
+        return spread_colours(VIRIDIS, len(names))
+    start = listed.index(base_checkpoint(run.checkpoints))
+    early, late = spread_colours(EARLIER, start), spread_colours(VIRIDIS, len(listed) - start)
+    colours = dict(zip(listed, [*early, *late], strict=True))
+    return [colours[name] for name in names]
 
 
 def kind_colours(n: int) -> list[str]:
@@ -240,6 +279,19 @@ def format_ppl_tick(ppl: float) -> str:
     if power >= 4 and math.isclose(ppl, 10**power):
         return "10" + str(power).translate(SUPERSCRIPTS)
     return f"{ppl:.5g}"
+
+
+def log_ppl_ticks(high: float) -> list[float]:
+    """Up to seven round perplexities from 1 to `high` for a logarithmic axis.
+
+    Example:
+        >>> log_ppl_ticks(70), log_ppl_ticks(1e5), log_ppl_ticks(1.6)
+        ([1, 2, 5, 10, 20, 50], [1, 10, 100, 1000, 10000, 100000], [1, 1.2, 1.5])
+    """
+    decades = [10**power for power in range(math.ceil(math.log10(high)) + 1)] if high > 1 else [1]
+    ticks = decades if high >= 1000 else [1, 2, 5, 10, 20, 50, 100, 200, 500] if high > 5 else [1, 1.2, 1.5, 2, 3, 4, 5]
+    shown = [tick for tick in ticks if tick <= high]
+    return shown[:: math.ceil(len(shown) / 7)]
 
 
 def place_in_training(checkpoints: pl.DataFrame, base: str, tokens: int) -> str:

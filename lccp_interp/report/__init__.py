@@ -1,7 +1,7 @@
 """A run as one self-contained HTML page: findings in words first, then figures, tables and provenance.
 
 The page needs no network and no other file; it is meant to be mailed, printed and read on a phone. This module
-arranges; statistics are in `lccp_interp.dynamics`, pictures in `lccp_interp.figures.interactive`. Cost: about three
+arranges; statistics are in `lccp_interp.dynamics`, pictures in `lccp_interp.figures.interactive`. Cost: some
 seconds, most of them fits and plotly, and 5 MB of plotly.js in every report.
 """
 
@@ -27,14 +27,19 @@ from lccp_interp.report.behaviour import corpus_section, interference_section, p
 from lccp_interp.report.causes import causes_section
 from lccp_interp.report.drawn import drawn
 from lccp_interp.report.findings import NEAR_FINAL, Finding, cautions, findings, near_final
-from lccp_interp.report.heads import comparison_section, groups_section, stability_section, survival_section
+from lccp_interp.report.heads import (
+    agreement_section,
+    comparison_section,
+    groups_section,
+    stability_section,
+    survival_section,
+)
 from lccp_interp.report.levels import correlation_section, saturation_section
 from lccp_interp.report.page import escape, page, prose, table
+from lccp_interp.report.verdict import verdict_table, verdicts
 from lccp_interp.store import Run, replacing
 
 __all__ = ["Finding", "findings", "write_report"]
-
-ORDER = ("niah_trajectory", "head_lives", "retrieval_heads", "head_heatmaps", "ppl_heatmaps", "depth_curves")
 
 
 def write_report(run: Run, out: str | Path | None = None, *, length: int | None = None) -> Path:
@@ -82,9 +87,19 @@ def _head(tables: RunTables) -> str:
 
 
 def _findings(tables: RunTables) -> str:
-    items = "".join(f"<dt>{escape(f.heading)}</dt><dd>{prose(f.text)}</dd>" for f in findings(tables))
+    found = verdicts(tables)
+    items = "".join(f"<dt>{escape(f.heading)}</dt><dd>{prose(f.text)}</dd>" for f in findings(tables, found))
     doubts = "".join(f"<p>{escape(text)}</p>" for text in cautions(tables))
     box = f'<div class="cautions">{doubts}</div>' if doubts else ""
+    by_length = verdict_table(found, stage_name(tables.checkpoints["stage"][-1]))
+    return (
+        f'<h2 id="findings">Findings</h2>{box}<dl class="findings">{items}</dl>'
+        f"<h3>Verdict at every length</h3>{by_length}"
+        f"<h3>When the score was nearly final, at every length</h3>{_near_final(tables)}"
+    )
+
+
+def _near_final(tables: RunTables) -> str:
     rows = []
     for length in tables.lengths:
         near = near_final(tables, length)
@@ -108,15 +123,17 @@ def _findings(tables: RunTables) -> str:
         "PPL then",
         "PPL at the end",
     )
-    by_length = table((*columns, "loss then (nats)", "loss at the end"), rows, text_columns=(0, 2))
-    return (
-        f'<h2 id="findings">Findings</h2>{box}<dl class="findings">{items}</dl>'
-        f"<h3>When the score was nearly final, at every length</h3>{by_length}"
-    )
+    return table((*columns, "loss then (nats)", "loss at the end"), rows, text_columns=(0, 2))
 
 
-def _figures(tables: RunTables) -> str:
-    return '<h2 id="figures">Figures</h2>' + "".join(drawn(tables, name) for name in ORDER)
+def _levels(tables: RunTables) -> str:
+    figures = ("niah_trajectory", "ppl_heatmaps", "depth_curves")
+    return '<h2 id="levels">Answers over training</h2>' + "".join(drawn(tables, name) for name in figures)
+
+
+def _heads(tables: RunTables) -> str:
+    figures = ("retrieval_heads", "head_heatmaps")
+    return '<h2 id="heads">Retrieval heads</h2>' + "".join(drawn(tables, name) for name in figures)
 
 
 def _place(tables: RunTables, tokens: int) -> str:
@@ -174,6 +191,7 @@ def _lives(tables: RunTables) -> str:
         "a row and has visibly risen, it dies when its score is below 0.05 at two in a row and has visibly fallen "
         "(bootstrap intervals apart). Provisional: only the last checkpoint says so. Tokens with a plus count from the "
         "base checkpoint.</p>"
+        + drawn(tables, "head_lives")
         + (table(columns, rows, text_columns=(0, 2, 3, 7)) if rows else empty)
         + "<h3>At every length</h3>"
         + table((*count_columns, "provisional"), counts)
@@ -262,18 +280,20 @@ def _seeds(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 SECTIONS: tuple[tuple[Callable[[RunTables], str], str, str], ...] = (
     (_findings, "findings", "Findings"),
-    (_figures, "figures", "Figures"),
-    (_lives, "lives", "Births and deaths"),
-    (survival_section, "survival", "Survival"),
+    (_levels, "levels", "Answers"),
     (_checkpoints, "checkpoints", "Checkpoints"),
     (saturation_section, "saturation", "Saturation"),
-    (causes_section, "causes", "Causes"),
     (probes_section, "probes", "After fine-tuning"),
     (corpus_section, "corpus", "Corpus perplexity"),
     (interference_section, "interference", "Interference"),
+    (_heads, "heads", "Retrieval heads"),
+    (_lives, "lives", "Births and deaths"),
+    (survival_section, "survival", "Survival"),
+    (causes_section, "causes", "Causes"),
     (correlation_section, "correlation", "What goes together"),
     (comparison_section, "comparison", "Comparisons"),
     (groups_section, "groups", "Key/value heads"),
+    (agreement_section, "agreement", "Other metrics"),
     (stability_section, "stability", "Stability"),
     (_provenance, "provenance", "Provenance"),
 )

@@ -21,6 +21,8 @@ MIN_WIDTH_PX = {
     "interference_heatmaps": 640,
     "interference_curves": 520,
     "cohort_survival": 640,
+    "causal_check": 680,
+    "metric_agreement": 560,
 }
 """Below this a figure scrolls sideways; others go down to a phone's width."""
 
@@ -38,9 +40,14 @@ def drawn(tables: RunTables, name: str) -> str:
 
 
 def reason(run: Run, error: object) -> str:
-    """Why a thing is not shown, as a note. Folders are named without their paths: a report is sent to others."""
+    """Why a thing is not shown, as a note."""
+    return f'<p class="note">{escape(shareable(run, error))}</p>'
+
+
+def shareable(run: Run, error: object) -> str:
+    """`error` with folders named without their paths: a report is sent to others."""
     text = str(error)
     rows = run.checkpoints.select("path", "name").drop_nulls().rows()
     for path, name in sorted([(str(run.path), run.path.resolve().name), *rows], key=lambda row: -len(row[0])):
         text = text.replace(path, name)
-    return f'<p class="note">{escape(text)}</p>'
+    return text

@@ -13,11 +13,11 @@ from typing import Any
 
 import polars as pl
 
-from lccp_interp.dynamics.curves import LOSS_NATS
 from lccp_interp.dynamics.heads import stability
-from lccp_interp.dynamics.saturation import deceptive_saturation
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.style import format_length, format_number, format_tokens, head_name, stage_name
+from lccp_interp.report.causes import causal_words
+from lccp_interp.report.verdict import LengthVerdict, in_words, verdicts
 
 NEAR_FINAL = 0.95
 """Share of its final value at which the NIAH score counts as nearly there."""
@@ -40,20 +40,21 @@ class Finding:
     text: str
 
 
-def findings(tables: RunTables) -> list[Finding]:
-    """All findings, the most important first.
+def findings(tables: RunTables, found: list[LengthVerdict] | None = None) -> list[Finding]:
+    """All findings, the most important first; `found` are the `verdicts` where they are at hand.
 
     Example:
         >>> for finding in findings(RunTables(Run.open("runs/demo"))):   # doctest: +SKIP
         ...     print(finding.heading, "-", finding.text)
     """
     made = [
+        Finding("Verdict", in_words(verdicts(tables) if found is None else found, tables.head_length)),
+        Finding("Do the heads cause it?", causal_words(tables)),
         _count(tables),
         _births_and_deaths(tables),
         _survival(tables),
         _strongest(tables),
         _score_against_ppl(tables),
-        _saturation(tables),
         _ranking(tables),
         _depth(tables),
     ]
@@ -308,7 +309,7 @@ def _score_against_ppl(tables: RunTables) -> Finding:
         if near.final_score >= HIGH_SCORE:
             text += (
                 "The score looks finished while the model is still getting surer, as in the paper's deceptive "
-                "saturation. This is a description, not a test; the test is under Saturation."
+                "saturation. This is a description, not a test; the test is in the verdict."
             )
         else:
             text += f"A final score of {near.final_score:.0f} % is no ceiling, so this says nothing about saturation."
@@ -319,15 +320,6 @@ def _score_against_ppl(tables: RunTables) -> Finding:
             "description, not a test."
         )
     return Finding(heading, text)
-
-
-def _saturation(tables: RunTables) -> Finding:
-    found = deceptive_saturation(tables.run, length=tables.head_length, mode=tables.read_mode)
-    name = "answer loss" if found.ppl["metric"] == LOSS_NATS else "answer perplexity"
-    text = f"{found.sentence} Verdicts: NIAH score {found.score['verdict']}, {name} {found.ppl['verdict']}"
-    return Finding(
-        "Saturation", f"{text} (share of the fitted gain: {100 * found.score['share']:.3g} %; 95 % intervals)."
-    )
 
 
 def _ranking(tables: RunTables) -> Finding | None:

@@ -15,11 +15,13 @@ import polars as pl
 from lccp_interp.dynamics.comparison import IMPORTED_PREFIX, by_kv_head, compare, kv_heads_of
 from lccp_interp.dynamics.published import PUBLISHED_STABILITY
 from lccp_interp.dynamics.tables import RunTables
+from lccp_interp.figures.agreement_panels import agreement_map
 from lccp_interp.figures.cohorts import base_comparison, cohort
+from lccp_interp.figures.needs import METRICS, why_not
 from lccp_interp.figures.style import format_length, format_number, format_tokens, head_name, place_in_training
 from lccp_interp.imports import imported_heads, imported_names, summarise_heads, top_heads
 from lccp_interp.report.drawn import drawn, reason
-from lccp_interp.report.page import escape, table
+from lccp_interp.report.page import escape, folded, table
 from lccp_interp.schema import RETRIEVAL_THRESHOLD, LccpError
 
 TOP_IMPORTED = 10
@@ -205,6 +207,37 @@ def top_groups(groups: pl.DataFrame) -> pl.DataFrame:
 
 def _head_or_dash(layer: int, head: int | None) -> str | None:
     return None if head is None else head_name(layer, head)
+
+
+def agreement_section(tables: RunTables) -> str:
+    """Whether the run's head metrics mean the same heads, at its last checkpoint."""
+    heading = '<h2 id="agreement">Do other metrics name the same heads?</h2>'
+    if why := why_not(METRICS, tables):
+        return heading + reason(tables.run, f"{why[0].upper()}{why[1:]}.".replace("`", ""))
+    try:
+        figure = drawn(tables, "metric_agreement")
+        found = agreement_map(tables)
+    except LccpError as error:
+        return heading + reason(tables.run, error)
+    rows = [
+        (
+            row["metric"],
+            row["other"],
+            _number(row["spearman"]),
+            f"{_number(row['ci_low']) or 'n/a'} to {_number(row['ci_high']) or 'n/a'}",
+            f"{row['overlap']:.3g}/{row['top_k']}",
+            f"{row['overlap_by_chance']:.3g}",
+            row["n_heads"],
+        )
+        for row in found.rows.iter_rows(named=True)
+    ]
+    columns = ("metric", "and", "rank correlation", "95 % interval", "top heads in common", "by chance", "heads")
+    note = (
+        '<p class="note">Metrics called retrieval scores measure different things, and none stands for another: '
+        "this is how far two of them rank the heads alike.</p>"
+    )
+    made = table(columns, rows, text_columns=(0, 1, 3))
+    return heading + note + figure + folded(made, len(rows), "pairs")
 
 
 def stability_section(tables: RunTables) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from lccp_interp.dynamics.correlation import correlate, paper_layout
+from lccp_interp.dynamics.correlation import paper_layout
 from lccp_interp.dynamics.curves import PROBE
 from lccp_interp.dynamics.probe_choice import left_out
 from lccp_interp.dynamics.published import published_correlations
@@ -22,13 +22,10 @@ from lccp_interp.dynamics.series import IMPORT_HINT, run_series
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures.style import format_length, format_number, format_tokens
 from lccp_interp.report.drawn import drawn, reason
-from lccp_interp.report.page import escape, table
+from lccp_interp.report.page import escape, folded, table
 from lccp_interp.schema import LccpError
 
 SHARE = 0.95
-
-MAX_OPEN_ROWS = 60
-"""A longer table is folded: a click opens it."""
 
 
 def saturation_section(tables: RunTables) -> str:
@@ -82,13 +79,8 @@ def correlation_section(tables: RunTables) -> str:
     """Cheap metrics against probe results, or against each other; the published numbers below."""
     heading = '<h2 id="correlation">What goes together</h2>'
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # identical weights are told by the command
-            cheap, found = run_series(
-                tables.run, length=tables.head_length, metric=tables.metric, mode=tables.read_mode
-            )
-            # Benchmarks are dear: often only some checkpoints have them, and n says how many.
-            made = correlate(cheap, None if found.is_empty() else found, common=True)
+        cheap, found = run_series(tables.run, length=tables.head_length, metric=tables.metric, mode=tables.read_mode)
+        made = tables.correlations
     except LccpError as error:
         return heading + reason(tables.run, error)
     rows = [
@@ -121,16 +113,6 @@ def correlation_section(tables: RunTables) -> str:
     )
 
 
-def folded(body: str, n_rows: int, what: str) -> str:
-    """`body` as it is, or to be opened by a click where it is long.
-
-    Example:
-        >>> folded("<p>", 3, "rows"), folded("<p>", 100, "rows")
-        ('<p>', '<details><summary>All 100 rows</summary><p></details>')
-    """
-    return body if n_rows <= MAX_OPEN_ROWS else f"<details><summary>All {n_rows} {what}</summary>{body}</details>"
-
-
 def _in_paper_layout(tables: RunTables, made: pl.DataFrame) -> str:
     """The paper's Tables 3, 4, 6 and 7 with this run's numbers, where it has probes of those benchmarks."""
     heading = "<h3>In the paper's layout</h3>"
@@ -153,7 +135,7 @@ def _in_paper_layout(tables: RunTables, made: pl.DataFrame) -> str:
 def _cell(quantity: str, value: float | None) -> str | None:
     if value is None or math.isnan(value):
         return None
-    return f"{value:.0f}" if quantity == "n" else f"{value:.4f}"
+    return f"{value:.0f}" if quantity == "n" else f"{round(value, 4) + 0.0:.4f}"
 
 
 def _published() -> tuple[str, list[tuple[Any, ...]]]:

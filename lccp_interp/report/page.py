@@ -19,6 +19,9 @@ POLICY = (
     "img-src data: blob:; font-src data:"
 )
 
+MAX_OPEN_ROWS = 60
+"""A longer table is folded: a click opens it."""
+
 STYLE = """
 :root { --ink: #1d1d1f; --muted: #63636b; --line: #dcdce0; --soft: #f6f6f8; --accent: #0072b2; }
 * { box-sizing: border-box; }
@@ -59,7 +62,7 @@ details summary { cursor: pointer; }
 @media (max-width: 40rem) { main { padding: 1.2rem 1rem 3rem; } h1 { font-size: 1.5rem; } body { font-size: 15.5px; } }
 @page { margin: 14mm; }
 @media print {
-  main { max-width: none; padding: 0; } nav { display: none; } h2, h3 { break-after: avoid; }
+  main { max-width: none; padding: 0; } nav { display: none; } h2, h3, h4, dt { break-after: avoid; }
   figure, tr { break-inside: avoid; } .scroll { overflow: visible; } .plot { min-width: 0 !important; }
   table { font-size: .62rem; } th, td { padding: .2rem .35rem; white-space: normal; } body { font-size: 11pt; }
   .modebar-container { display: none !important; } pre { white-space: pre-wrap; }
@@ -153,6 +156,16 @@ def table(
         title, more = appended
         body += f'<tr class="group"><td colspan="{len(columns)}">{escape(title)}</td></tr>' + "".join(map(line, more))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def folded(body: str, n_rows: int, what: str) -> str:
+    """`body` as it is, or to be opened by a click where it is long.
+
+    Example:
+        >>> folded("<p>", 3, "rows"), folded("<p>", 100, "rows")
+        ('<p>', '<details><summary>All 100 rows</summary><p></details>')
+    """
+    return body if n_rows <= MAX_OPEN_ROWS else f"<details><summary>All {n_rows} {what}</summary>{body}</details>"
 
 
 def figure_block(name: str, title: str, figure: Any, text: str, *, min_width_px: int) -> str:

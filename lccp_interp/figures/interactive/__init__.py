@@ -5,7 +5,11 @@ and returns a plotly `Figure`. Text that comes from a run (names of checkpoints,
 reads a subset of HTML in labels. Cost: milliseconds beside the tables.
 """
 
+from lccp_interp.figures.interactive.agreement import metric_agreement
 from lccp_interp.figures.interactive.behaviour import corpus_ppl, probe_scores
+from lccp_interp.figures.interactive.canvas import save
+from lccp_interp.figures.interactive.causal import causal_check, causal_dates
+from lccp_interp.figures.interactive.circuit import circuit
 from lccp_interp.figures.interactive.cohorts import cohort_survival, reference_comparison
 from lccp_interp.figures.interactive.heads import head_heatmaps, head_lives, retrieval_heads
 from lccp_interp.figures.interactive.interference import interference_curves, interference_heatmaps
@@ -13,6 +17,9 @@ from lccp_interp.figures.interactive.levels import depth_curves, niah_trajectory
 from lccp_interp.figures.interactive.saturation import saturation_curves
 
 __all__ = [
+    "causal_check",
+    "causal_dates",
+    "circuit",
     "cohort_survival",
     "corpus_ppl",
     "depth_curves",
@@ -20,10 +27,12 @@ __all__ = [
     "head_lives",
     "interference_curves",
     "interference_heatmaps",
+    "metric_agreement",
     "niah_trajectory",
     "ppl_heatmaps",
     "probe_scores",
     "reference_comparison",
     "retrieval_heads",
     "saturation_curves",
+    "save",
 ]

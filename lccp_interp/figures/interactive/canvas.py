@@ -1,25 +1,37 @@
-"""What all figures for the screen share: layout, axes, bands, panels, marks on cells."""
+"""What all figures for the screen share: layout, axes, bands, panels, marks on cells, writing to a file."""
 
 from __future__ import annotations
 
 import html
+import importlib.util
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
+from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from lccp_interp.dynamics.selection import choose
 from lccp_interp.dynamics.tables import InterferenceTables, RunTables
 from lccp_interp.figures import style
+from lccp_interp.schema import LccpError
+from lccp_interp.store import replacing
 
 Values = pl.Series | NDArray[np.float64]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 GRID = "#ececec"
+WIDTH_PX = 900
+SCREEN_FORMATS = ("html", "png", "svg", "pdf")
+EXPORT_HINT = (
+    "install lccp_interp[export] (pip install 'kaleido>=1,<2'); or write html, or draw with lccp_interp.figures.paper, "
+    "which need none"
+)
 MAX_NAMED_CELLS = 150
 PANEL_GAP_PX = 75
 BOTTOM_LEGEND: dict[str, Any] = {
@@ -40,6 +52,51 @@ def layout(figure: go.Figure, **options: Any) -> go.Figure:
     # Titles of panels come from make_subplots with size 16; other annotations have sizes of their own.
     figure.for_each_annotation(lambda note: note.update(font={"size": 12}) if note.font.size == 16 else None)
     return figure
+
+
+def save(figure: go.Figure, path: str | Path, *, scale: float = 2.0) -> Path:
+    """Write `figure` to `path`: `html` to look into, or `png`, `svg`, `pdf` as the screen shows it.
+
+    Beside an HTML file lies `plotly.min.js`, once per folder, so that it opens without a network. Pictures are made by
+    kaleido (extra `export`) in a Chrome or Chromium; `lccp_interp.figures.paper` draws for print and needs neither.
+
+    Args:
+        figure: one of `lccp_interp.figures.interactive`.
+        path: its ending says the format.
+        scale: pixels of a PNG per pixel of the screen.
+
+    Raises:
+        LccpError: unknown ending, or kaleido or a browser missing (what to install).
+
+    Example:
+        >>> save(retrieval_heads(run), "figure5.html")   # doctest: +SKIP
+    """
+    path = Path(path)
+    kind = choose("format", path.suffix.lstrip("."), SCREEN_FORMATS, "interactive.save")
+    if kind == "html":
+        library = path.with_name("plotly.min.js")
+        if not library.exists():
+            with replacing(library) as temporary:
+                temporary.write_text(get_plotlyjs(), encoding="utf-8")
+        text = figure.to_html(include_plotlyjs="directory", div_id=path.stem, config={"displaylogo": False})
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return path
+    if importlib.util.find_spec("kaleido") is None:
+        raise LccpError(f"{path}: a plotly figure becomes {kind} by kaleido, which is missing; {EXPORT_HINT}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        made = figure.to_image(format=kind, width=WIDTH_PX, scale=scale)
+    except RuntimeError as error:
+        if "Chrome" not in str(error):
+            raise
+        raise LccpError(
+            f"{path}: kaleido draws {kind} in a browser and found none; install Chromium (apt-get install chromium) or "
+            "run `plotly_get_chrome`; or write html, or draw with lccp_interp.figures.paper, which need none"
+        ) from None
+    with replacing(path) as temporary:
+        temporary.write_bytes(made)
+    return path
 
 
 def band(figure: go.Figure, x: Sequence[float], low: Values, high: Values, colour: str, **place: Any) -> None:

@@ -80,7 +80,8 @@ def interference_curves(
     scale = style.PplScale.of(drawn["answer_ppl"], drawn["answer_ppl_low"], drawn["answer_ppl_high"])
     across = InterferenceAxis.of(drawn["interference"])
     figure = go.Figure()
-    for name, colour in zip(names, style.spread_colours(style.VIRIDIS, len(names)), strict=True):
+    whole = RunTables.of(run).run
+    for name, colour in zip(names, style.checkpoint_colours(whole, names), strict=True):
         rows = drawn.filter(checkpoint=name).sort("interference")
         x = across.at(rows["interference"]).tolist()
         middle, low, high = (scale.places(rows[f"answer_ppl{end}"]) for end in ("", "_low", "_high"))

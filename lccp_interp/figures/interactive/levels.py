@@ -115,7 +115,7 @@ def depth_curves(run: Run | RunTables, *, max_panels: int = 6, max_checkpoints: 
     tables = RunTables.of(run)
     lengths = style.pick_evenly(tables.lengths, max_panels)
     names = style.select_panels(tables.checkpoints, tables.base, max_checkpoints)
-    colours = style.spread_colours(style.VIRIDIS, len(names))
+    colours = style.checkpoint_colours(tables.run, names)
     shown = style.short_names(tables.checkpoints["checkpoint"].to_list(), 18)
     titles = [f"{style.format_length(length)} tokens" for length in lengths]
     figure, n_rows, n_columns = panel_grid(titles, panel_height=230)

@@ -25,8 +25,8 @@ from lccp_interp.store import Run
 PANEL_HEIGHT_PX = 175
 EMPTY_SHARE = 0.3
 BAND, OPEN_BAND = "#d7ecdf", "#edf6f0"
-CHOSEN: dict[str, Any] = {"color": style.COLOURS["niah_score"], "width": 2}
-LOG_LINE: dict[str, Any] = {"color": style.COLOURS["answer_ppl"], "width": 1.6, "dash": "dash"}
+CHOSEN: dict[str, Any] = {"width": 2}
+LOG_LINE: dict[str, Any] = {"width": 1.3, "dash": "dash"}
 
 
 def saturation_curves(run: Run | RunTables) -> go.Figure:
@@ -79,7 +79,7 @@ def _draw_panel(figure: go.Figure, panel: SaturationPanel, scale: SinceBaseAxis,
     inside = panel.drawn_tokens > 0 if scale.is_log else np.full(len(panel.drawn_tokens), True)
     x = scale.at(panel.drawn_tokens)[inside]
     for i, (model, y) in enumerate(panel.fits):
-        look = CHOSEN if i == 0 else LOG_LINE
+        look = {"color": style.metric_colour(panel.metric)} | (LOG_LINE if i else CHOSEN)
         figure.add_trace(
             go.Scatter(x=plain(x), y=plain(y[inside]), mode="lines", line=look, hoverinfo="skip", name=model,
                        showlegend=False),
@@ -138,7 +138,7 @@ def _verdict(figure: go.Figure, panel: SaturationPanel, row: int) -> None:
     figure.add_annotation(x=0, xanchor="left", text=text, font={"size": 11, "color": colour}, **axes, **shared)
     if panel.fits:
         other = {"xref": f"x{number + 1} domain", "yref": f"y{number + 1} domain"}
-        font = {"size": 11, "color": CHOSEN["color"]}
+        font = {"size": 11, "color": style.metric_colour(panel.metric)}
         figure.add_annotation(x=1, xanchor="right", text=panel.fits[0][0], font=font, **other, **shared)
     if not panel.values.size:
         what = panel.label.replace("\n", " ")
@@ -155,9 +155,9 @@ def _legend(figure: go.Figure, panels: list[SaturationPanel]) -> None:
         {"name": "base", "mode": "markers", "marker": marker | {"color": "white"}},
     ]
     if any(panel.fits for panel in panels):
-        entries.append({"name": "chosen curve", "mode": "lines", "line": CHOSEN})
+        entries.append({"name": "chosen curve", "mode": "lines", "line": {"color": style.INK} | CHOSEN})
     if any(len(panel.fits) > 1 for panel in panels):
-        entries.append({"name": "A log N + B", "mode": "lines", "line": LOG_LINE})
+        entries.append({"name": "A log N + B", "mode": "lines", "line": {"color": style.INK} | LOG_LINE})
     if any(panel.interval for panel in panels):
         square = {"symbol": "square", "size": 11, "color": BAND, "line": {"color": "#009e73", "width": 1}}
         entries.append({"name": "95 % point, interval", "mode": "markers", "marker": square})

@@ -14,7 +14,16 @@ from matplotlib.lines import Line2D
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures import style
 from lccp_interp.figures.cohorts import MEASURES, Cohort, base_comparison, cohort
-from lccp_interp.figures.paper.canvas import DOUBLE_COLUMN_INCHES, RC, canvas, token_axis
+from lccp_interp.figures.paper.canvas import (
+    RC,
+    SMALL_POINTS,
+    axis_inches,
+    canvas,
+    key,
+    roomy,
+    token_axis,
+    wrapped,
+)
 from lccp_interp.store import Run
 
 CHANCE: Any = {"color": style.MUTED, "linewidth": 0.9, "linestyle": (0, (3, 2)), "zorder": 1.8}
@@ -22,7 +31,7 @@ MAX_BAR_LABELS = 18
 """Beyond so many checkpoints not every bar has its name and its number."""
 
 
-def cohort_survival(run: Run | RunTables) -> Figure:
+def cohort_survival(run: Run | RunTables, *, columns: int = 2) -> Figure:
     """Share of the base checkpoint's retrieval heads still alive, and how many of those alive are newcomers.
 
     Example:
@@ -31,8 +40,8 @@ def cohort_survival(run: Run | RunTables) -> Figure:
     tables = RunTables.of(run)
     made = cohort(tables)
     with mpl.rc_context(RC):
-        figure = canvas(DOUBLE_COLUMN_INCHES, 2.35)
-        left, right = figure.subplots(1, 2)
+        figure = canvas(columns, 2.35 if columns == 2 else 4.4)
+        left, right = figure.subplots(*((1, 2) if columns == 2 else (2, 1)))
         _draw_survival(left, made)
         _draw_shares(right, made)
     return figure
@@ -52,11 +61,11 @@ def _draw_survival(axis: Axes, made: Cohort) -> None:
     axis.plot(x, alive, color=colour, marker="o")
     axis.set_xlim(-0.03 * last, 1.03 * last)
     ticks = style.nice_ticks(0, last, 4)
-    axis.set_xticks(ticks, [style.format_tokens(tick) for tick in ticks])
+    axis.set_xticks(*roomy(ticks, [style.format_tokens(tick) for tick in ticks], axis_inches(axis), (0, last)))
     axis.set_ylim(-3, 105)
     axis.set_yticks([0, 25, 50, 75, 100])
     title = f"survival of the {made.n_initial} initial head{'s' * (made.n_initial != 1)}"
-    axis.set_title(title, loc="left", fontsize=6.8)
+    axis.set_title(title, loc="left", fontsize=SMALL_POINTS)
 
 
 def _draw_shares(axis: Axes, made: Cohort) -> None:
@@ -73,7 +82,7 @@ def _draw_shares(axis: Axes, made: Cohort) -> None:
     axis.bar(x, newborn, bottom=initial, width=0.82, color=style.COLOURS["newborn"], linewidth=0, label="later ones")
     shown = range(0, rows.height, math.ceil(rows.height / MAX_BAR_LABELS))
     for i in shown:
-        axis.text(i, 101.5 if total[i] else 1.5, str(total[i]), ha="center", va="bottom", fontsize=5.5)
+        axis.text(i, 101.5 if total[i] else 1.5, str(total[i]), ha="center", va="bottom", fontsize=SMALL_POINTS)
     names = [style.format_tokens(rows["tokens_since_base"][i]) if i else "base" for i in shown]
     axis.set_xticks(list(shown), names, rotation=90 if len(names) > 8 else 0)
     axis.tick_params(axis="x", length=0)
@@ -86,12 +95,13 @@ def _draw_shares(axis: Axes, made: Cohort) -> None:
 def _empty(axis: Axes, why: str) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
+    text = wrapped(f"n/a: {why}", axis_inches(axis), SMALL_POINTS)
     axis.text(
-        0.5, 0.5, f"n/a: {why}", transform=axis.transAxes, ha="center", color=style.MUTED, fontsize=6.5, wrap=True
+        0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color=style.MUTED, fontsize=SMALL_POINTS
     )
 
 
-def reference_comparison(run: Run | RunTables) -> Figure:
+def reference_comparison(run: Run | RunTables, *, columns: int = 2) -> Figure:
     """Overlap of top heads, Jaccard index, rank-biased overlap and Spearman of every checkpoint against the base.
 
     Dashed is what unrelated rankings would have.
@@ -103,14 +113,14 @@ def reference_comparison(run: Run | RunTables) -> Figure:
     made = base_comparison(tables)
     with mpl.rc_context(RC):
         if made.why_not:
-            figure = canvas(DOUBLE_COLUMN_INCHES, 0.6)
+            figure = canvas(columns, 0.6)
             axis = figure.subplots()
             axis.spines[["left", "bottom"]].set_visible(False)
             _empty(axis, made.why_not)
             return figure
-        figure = canvas(DOUBLE_COLUMN_INCHES, 3.4)
-        grid = figure.subplots(2, 2, sharex=True)
-        for column in range(2):
+        figure = canvas(columns, 3.4 if columns == 2 else 5.6)
+        grid = figure.subplots(*((2, 2) if columns == 2 else (4, 1)), sharex=True, squeeze=False)
+        for column in range(grid.shape[1]):
             scale = token_axis(list(grid[:, column]), tables)
         x = scale.at(made.rows["tokens_seen"])
         for axis, (name, label) in zip(grid.flat, MEASURES.items(), strict=True):
@@ -126,5 +136,5 @@ def reference_comparison(run: Run | RunTables) -> Figure:
             Line2D([], [], color=style.COLOURS["from_base"], marker="o", label="against the base"),
             Line2D([], [], label="by chance", **CHANCE),
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        key(figure, handles, side=False)
     return figure

@@ -21,13 +21,17 @@ from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures import style
 from lccp_interp.figures.life_rows import RIBBON_HALF_HEIGHT, LifeRow, life_kind_labels, life_rows
 from lccp_interp.figures.paper.canvas import (
-    DOUBLE_COLUMN_INCHES,
+    NORMAL_POINTS,
     RC,
-    SINGLE_COLUMN_INCHES,
+    SMALL_POINTS,
     canvas,
     colorbar,
     colormap,
     heatmap,
+    key,
+    long_side,
+    name_undefined,
+    page_width,
     panel_grid,
     panel_title,
     token_axis,
@@ -36,7 +40,7 @@ from lccp_interp.schema import RETRIEVAL_THRESHOLD
 from lccp_interp.store import Run
 
 
-def head_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) -> Figure:
+def head_heatmaps(run: Run | RunTables, *, columns: int = 2, max_panels: int = style.MAX_PANELS) -> Figure:
     """Scores of all heads, layers x heads, a panel per checkpoint (arXiv 2604.02650, Figure 4).
 
     Retrieval heads are framed.
@@ -52,11 +56,13 @@ def head_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) -
     )
     _, high = style.defined_range(matrices, (0.0, 1.0))
     with mpl.rc_context(RC):
-        columns = min(len(panels), 6 if len(heads) <= 16 else 3)
-        n_rows = math.ceil(len(panels) / columns)
-        width = (DOUBLE_COLUMN_INCHES - 0.9) / columns
-        figure = canvas(DOUBLE_COLUMN_INCHES, 0.35 + n_rows * (0.35 + min(2.2, width * len(layers) / len(heads))))
-        axes = panel_grid(figure, len(panels), columns)
+        most = (6, 3) if len(heads) <= 16 else (3, 2)
+        n_columns = min(len(panels), most[0] if columns == 2 else most[1])
+        n_rows = math.ceil(len(panels) / n_columns)
+        inches = (page_width(columns) - (1.0 if columns == 2 else 0.4)) / n_columns - 0.05
+        above = 0.4 if columns == 2 else 0.8
+        figure = canvas(columns, above + n_rows * (0.5 + min(max(inches * len(layers) / len(heads), 0.7), 2.2)))
+        axes = panel_grid(figure, len(panels), n_columns)
         norm = Normalize(0.0, max(high, RETRIEVAL_THRESHOLD))
         for axis, name, matrix, retrieves in zip(axes, panels, matrices, framed, strict=True):
             mesh = heatmap(axis, matrix, colormap(style.SCORES), norm)
@@ -64,22 +70,23 @@ def head_heatmaps(run: Run | RunTables, *, max_panels: int = style.MAX_PANELS) -
             frame["linewidth"] = 0.8 if len(heads) <= 16 else 0.4
             for row, column in np.argwhere(retrieves == 1):
                 axis.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, **frame))
-            axis.set_title(panel_title(tables, name), fontsize=6.5)
+            axis.set_title(panel_title(tables, name, inches), fontsize=SMALL_POINTS)
             for set_ticks, values in ((axis.set_xticks, heads), (axis.set_yticks, layers)):
-                shown = range(0, len(values), math.ceil(len(values) / 8))
+                shown = range(0, len(values), math.ceil(len(values) / (8 if inches > 0.9 else 6)))
                 set_ticks(shown, [str(values[i]) for i in shown])
-        figure.supxlabel("head", fontsize=7.5)
-        axes[0].set_ylabel("layer")
-        colorbar(figure, mesh, axes, f"{tables.metric} score").ax.yaxis.set_major_locator(MaxNLocator(5))
+        figure.supxlabel("head", fontsize=NORMAL_POINTS)
+        figure.supylabel("layer", fontsize=NORMAL_POINTS)
+        name_undefined(figure, matrices)
+        long_side(colorbar(figure, mesh, axes, f"{tables.metric} score")).set_major_locator(MaxNLocator(5))
     return figure
 
 
-def retrieval_heads(run: Run | RunTables) -> Figure:
+def retrieval_heads(run: Run | RunTables, *, columns: int = 1) -> Figure:
     """Number of retrieval heads and mean score of the initial ones against tokens (arXiv 2604.02650, Figure 5)."""
     tables = RunTables.of(run)
     counts = tables.census
     with mpl.rc_context(RC):
-        figure = canvas(SINGLE_COLUMN_INCHES, 3.4)
+        figure = canvas(columns, 3.4)
         upper, lower = figure.subplots(2, 1, sharex=True)
         scale = token_axis([upper, lower], tables)
         x = scale.at(counts["tokens_seen"])
@@ -92,7 +99,7 @@ def retrieval_heads(run: Run | RunTables) -> Figure:
         upper.set_ylim(0, max(1.0, total.max() * 1.1))
         upper.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         upper.set_ylabel("retrieval heads")
-        figure.legend(*upper.get_legend_handles_labels(), ncols=3, loc="outside lower center", handlelength=1.2)
+        key(figure, *upper.get_legend_handles_labels(), side=False)
         mean, colour = counts["mean_initial_score"], style.COLOURS["initial_mean"]
         lower.plot(x, mean, color=colour, marker="o")
         lower.fill_between(
@@ -108,7 +115,7 @@ def retrieval_heads(run: Run | RunTables) -> Figure:
     return figure
 
 
-def head_lives(run: Run | RunTables) -> Figure:
+def head_lives(run: Run | RunTables, *, columns: int = 2) -> Figure:
     """Births and deaths: a ribbon per head whose thickness is its score, coloured where the head lives.
 
     The rule for births and deaths stands in `lccp_interp.dynamics.births`.
@@ -116,7 +123,7 @@ def head_lives(run: Run | RunTables) -> Figure:
     tables = RunTables.of(run)
     rows, _ = life_rows(tables)
     with mpl.rc_context(RC):
-        figure = canvas(DOUBLE_COLUMN_INCHES * 0.75, 1.1 + 0.21 * max(len(rows), 3))
+        figure = canvas(columns, (1.1 if columns == 2 else 1.4) + 0.21 * max(len(rows), 3))
         axis = figure.subplots()
         scale = token_axis([axis], tables)
         x = np.array(scale.at(tables.scored["tokens_seen"]))
@@ -133,7 +140,7 @@ def head_lives(run: Run | RunTables) -> Figure:
         right.tick_params(length=0, labelcolor=style.MUTED)
         right.set_ylabel("peak score", color=style.MUTED)
         right.spines["right"].set_visible(False)
-        figure.legend(handles=_life_legend(tables, rows), loc="outside lower center", ncols=3, handlelength=1.4)
+        key(figure, _life_legend(tables, rows), side=False)
     return figure
 
 

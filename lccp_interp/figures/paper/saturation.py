@@ -16,7 +16,18 @@ from matplotlib.ticker import MaxNLocator
 from lccp_interp.dynamics.curves import HEAD_COUNT
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures import style
-from lccp_interp.figures.paper.canvas import DOUBLE_COLUMN_INCHES, RC, base_gap, canvas
+from lccp_interp.figures.paper.canvas import (
+    NORMAL_POINTS,
+    RC,
+    SMALL_POINTS,
+    axis_inches,
+    base_gap,
+    canvas,
+    key,
+    page_width,
+    roomy,
+    wrapped,
+)
 from lccp_interp.figures.saturation_panels import (
     VERDICT_COLOURS,
     SaturationPanel,
@@ -27,12 +38,12 @@ from lccp_interp.store import Run
 
 BAND: Any = {"color": "#d7ecdf", "linewidth": 0, "zorder": 0}
 OPEN_BAND: Any = BAND | {"color": "#edf6f0"}
-CHOSEN: Any = {"color": style.COLOURS["niah_score"], "linewidth": 1.3, "zorder": 3}
-LOG_LINE: Any = {"color": style.COLOURS["answer_ppl"], "linewidth": 1.0, "linestyle": (0, (4, 1.6)), "zorder": 2.5}
-POINT: Any = {"color": style.COLOURS["initial_mean"], "linewidth": 0.9, "zorder": 2}
+CHOSEN: Any = {"linewidth": 1.3, "zorder": 3}
+LOG_LINE: Any = {"linewidth": 0.9, "linestyle": (0, (4, 1.6)), "zorder": 2.5, "alpha": 0.75}
+POINT: Any = {"color": "#00795a", "linewidth": 0.9, "zorder": 2}
 
 
-def saturation_curves(run: Run | RunTables) -> Figure:
+def saturation_curves(run: Run | RunTables, *, columns: int = 2) -> Figure:
     """Metrics against tokens since the base, linear (left) and logarithmic (right), with what was fitted to them.
 
     The rule behind the verdicts stands in `lccp_interp.dynamics.saturation`.
@@ -41,10 +52,13 @@ def saturation_curves(run: Run | RunTables) -> Figure:
         >>> save(saturation_curves(Run.open("runs/demo")), "saturation.pdf")   # doctest: +SKIP
     """
     panels = saturation_panels(RunTables.of(run))
+    room = page_width(columns) - 0.75
+    titles = [wrapped(_title(panel), room, SMALL_POINTS) for panel in panels]
     with mpl.rc_context(RC):
-        # A metric without a value needs room for a sentence only.
-        heights = [1.0 if panel.values.size else 0.3 for panel in panels]
-        figure = canvas(DOUBLE_COLUMN_INCHES, 0.55 + 1.3 * sum(heights))
+        # A metric without a value needs room for a sentence only; a title has its lines in the room of the row.
+        n_lines = [title.count("\n") + 1 for title in titles]
+        heights = [(1.15 if panel.values.size else 0.05) + 0.14 * n for panel, n in zip(panels, n_lines, strict=True)]
+        figure = canvas(columns, (0.6 if columns == 2 else 0.8) + sum(heights) + 0.1 * len(panels))
         grid = figure.subplots(
             len(panels), 2, squeeze=False, sharex="col", sharey="row", gridspec_kw={"height_ratios": heights}
         )
@@ -53,25 +67,35 @@ def saturation_curves(run: Run | RunTables) -> Figure:
             scale = SinceBaseAxis(tokens, is_log)
             for panel, axis in zip(panels, grid[:, column], strict=True):
                 _draw_panel(axis, panel, scale)
-            grid[-1, column].set_xlabel(f"tokens since the base checkpoint{' (logarithmic)' if is_log else ''}")
-        for panel, axis in zip(panels, grid[:, 0], strict=True):
+        for panel, axis, title in zip(panels, grid[:, 0], titles, strict=True):
             axis.set_ylabel(panel.label if panel.values.size else "")
-            title = f"{panel.verdict}: {panel.note}" if panel.values.size else panel.verdict
-            axis.set_title(title, loc="left", color=VERDICT_COLOURS[panel.verdict], fontsize=6.8, pad=3)
-        for panel, axis in zip(panels, grid[:, 1], strict=True):
-            model = panel.fits[0][0] if panel.fits else ""
-            axis.set_title(model, loc="right", color=CHOSEN["color"], fontsize=6.5, pad=3)
+            colour = VERDICT_COLOURS[panel.verdict]
+            made = axis.set_title(title, loc="left", color=colour, fontsize=SMALL_POINTS, pad=3, linespacing=1.2)
+            made.set_in_layout(False)  # it stands over both columns: the other's empty title keeps its room
+        for axis, n in zip(grid[:, 1], n_lines, strict=True):
+            axis.set_title("\n".join([" "] * n), fontsize=SMALL_POINTS, pad=3, linespacing=1.2)
         figure.align_ylabels(grid[:, 0])
-        figure.legend(handles=_legend(panels), loc="outside lower center", ncols=5, handlelength=1.8, columnspacing=1.2)
+        figure.supxlabel("tokens since the base checkpoint (right: logarithmic)", fontsize=NORMAL_POINTS)
+        key(figure, _legend(panels), side=False, above=True)
     return figure
+
+
+def _title(panel: SaturationPanel) -> str:
+    """Verdict, what it rests on, and the chosen curve; the reason where there is nothing to draw."""
+    if not panel.values.size:
+        return f"{panel.label.replace(chr(10), ' ')}: n/a, {panel.reason}"
+    curve = f"; curve: {panel.fits[0][0]}" if panel.fits else ""
+    return f"{panel.verdict}: {panel.note}{curve}"
 
 
 def _draw_panel(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> None:
     at, text = scale.ticks
-    axis.set_xticks(at, text)
+    axis.set_xticks(*roomy(at, text, axis_inches(axis), scale.limits))
     axis.set_xlim(*scale.limits)
     if not panel.values.size:
-        _say_why(axis, panel, scale)
+        axis.set_yticks([])
+        axis.spines["left"].set_visible(False)
+        axis.patch.set_visible(False)
         return
     base_gap(axis, scale.gap)
     axis.yaxis.set_major_locator(MaxNLocator(4, integer=panel.metric == HEAD_COUNT))
@@ -83,20 +107,9 @@ def _draw_panel(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> Non
     x = scale.at(panel.drawn_tokens)
     inside = panel.drawn_tokens > 0 if scale.is_log else np.full(len(x), True)
     for i, (_, y) in enumerate(panel.fits):
-        axis.plot(x[inside], y[inside], **(CHOSEN if i == 0 else LOG_LINE))
+        axis.plot(x[inside], y[inside], color=style.metric_colour(panel.metric), **(LOG_LINE if i else CHOSEN))
     _draw_points(axis, panel, scale)
     _limit(axis, panel)
-
-
-def _say_why(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> None:
-    """The reason across both columns of an undefined metric."""
-    axis.set_yticks([])
-    axis.spines["left"].set_visible(False)
-    axis.patch.set_visible(False)
-    if not scale.is_log:
-        what = f"{panel.label.replace(chr(10), ' ')}: n/a, {panel.reason}"
-        text = axis.text(0, 0.4, what, transform=axis.transAxes, fontsize=6.5, color=style.MUTED)
-        text.set_in_layout(False)  # it would widen its column
 
 
 def _draw_points(axis: Axes, panel: SaturationPanel, scale: SinceBaseAxis) -> None:
@@ -123,9 +136,9 @@ def _legend(panels: list[SaturationPanel]) -> list[Any]:
         Line2D([], [], label="base", markerfacecolor="white", **measured),
     ]
     if any(panel.fits for panel in panels):
-        handles.append(Line2D([], [], label="chosen curve", **CHOSEN))
+        handles.append(Line2D([], [], label="chosen curve", color=style.INK, **CHOSEN))
     if any(len(panel.fits) > 1 for panel in panels):
-        handles.append(Line2D([], [], label="A log N + B", **LOG_LINE))
+        handles.append(Line2D([], [], label="A log N + B", color=style.INK, **LOG_LINE))
     if any(panel.interval for panel in panels):
         handles.append(Patch(label="95 % point, interval", facecolor=BAND["color"], edgecolor=POINT["color"]))
     return handles
