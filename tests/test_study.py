@@ -141,6 +141,10 @@ execution:
          "FILE:3: tasks[1]: it has no 'task'; task is one of 'niah', 'interference', 'longbio'"),
         ("out: a\ncheckpoints: b\ntasks: [{task: niah}, {task: longbio}, {task: longbio}]\n",
          "FILE: two tasks are called 'longbio'; give one of them a name of its own"),
+        ("out: a\ncheckpoints: b\ntasks: [{task: niah, lengths: [64, 1K]}]\nfigures: {length: 1024}\n",
+         "FILE: figures: length 1024 is not among those of the first task: 64, 1000"),
+        ("out: a\ncheckpoints: b\ntasks: [{task: interference}]\nablations: [{length: 64}]\n",
+         "FILE: ablations: length 64 is not among those of the first task: none"),
         ("out: a\ncheckpoints: b\ntasks: [{task: niah, name: ../up}]\n",
          "FILE:3: tasks[1].name: got '../up'; string should match pattern"),
         ("out: a\ncheckpoints: b\ntasks: [{task: niah}]\nexecution: {trust_remote_code: true}\n",
@@ -282,6 +286,15 @@ ablations: [{k: [1]}]
     assert notes == [
         "without fine-tuning: the packages trl, peft and datasets are missing (install lccp_interp[train])"
     ]
+
+
+def test_without_lengths_and_depths_there_is_nothing_to_draw(trajectory, tmp_path):
+    text = f"out: run\ncheckpoints: {trajectory}\nmetrics: [retrieval]\n"
+    text += "tasks: [{task: interference, distances: [16], interferences: [0, 16], samples: 1}]\n"
+    notes = []
+    run = silent(read_study(written(tmp_path, text)), note=notes.append)
+    assert notes == ["without figures and report: they are of a first task niah, here it is interference"]
+    assert run.scores.collect()["checkpoint"].n_unique() == 3
 
 
 def lccp(capsys, monkeypatch, *arguments):

@@ -271,6 +271,18 @@ class Study(Form):
                 raise ValueError(f"two {kind} are called {twice!r}; give one of them a name of its own")
         return self
 
+    @model_validator(mode="after")
+    def _lengths_are_there(self) -> Study:
+        """What is drawn, and what heads are removed at, is of the first task; better said now than after days."""
+        asked = [("figures", self.figures.length)] if isinstance(self.figures, Figures) else []
+        asked += [("ablations", ablation.length) for ablation in self.ablations]
+        lengths = getattr(self.tasks[0], "lengths", None)
+        for where, length in asked:
+            if length is not None and length not in (lengths or ()):
+                known = ", ".join(map(str, lengths)) if lengths else "none"
+                raise ValueError(f"{where}: length {length} is not among those of the first task: {known}")
+        return self
+
     def _task_names(self) -> list[str]:
         return [self.folder(at) for at in range(1, len(self.tasks))]
 

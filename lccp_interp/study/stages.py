@@ -277,6 +277,10 @@ def _stages(
             f"{ablation.kind} ablation of the best heads on {len(common['checkpoints'])} checkpoints",
             partial(_ablate, study, options, common),
         )
+    if study.tasks[0].task != "niah" and (study.figures or study.report):
+        # Both are about one grid of lengths and depths over training.
+        note(f"without figures and report: they are of a first task niah, here it is {study.tasks[0].task}")
+        return
     if study.figures:
         yield Stage("figures", f"figures into {Path(study.out) / 'figures'}", partial(_figures, study))
     if study.report:
