@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lccp_interp import cli
 from lccp_interp.capture import architectures
 from lccp_interp.organism.tokenizer import save_tokenizer
 
@@ -26,6 +28,20 @@ def tiny_model(
     if "layer_types" in architecture.changes:
         changes = {"layer_types": list(architecture.changes["layer_types"])[:3], **changes}
     return architectures.tiny_model(architecture, seed=seed, num_hidden_layers=3, **changes)
+
+
+@pytest.fixture
+def lccp(capsys, monkeypatch):
+    """Runs the command line in this process; gives (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

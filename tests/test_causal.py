@@ -18,7 +18,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lccp_interp import cli
 from lccp_interp.capture.model import load_model
 from lccp_interp.dynamics.causal import CAUSAL_SCHEMA, causal_table, important_from
 from lccp_interp.dynamics.resampling import draw_resamples
@@ -450,18 +449,6 @@ def test_mistakes_of_importance():
 
 
 # The command
-
-
-@pytest.fixture
-def lccp(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 def test_the_command(run, lccp):

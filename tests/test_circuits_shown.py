@@ -14,7 +14,6 @@ from conftest import tiny_model
 from matplotlib.patches import FancyArrowPatch
 from transformers import AutoTokenizer
 
-from lccp_interp import cli
 from lccp_interp.figures.circuit_panels import bow, circuit_panels
 from lccp_interp.figures.interactive.circuit import circuit as on_screen
 from lccp_interp.figures.paper import save
@@ -48,18 +47,6 @@ def run(trajectory, tmp_path_factory):
         prompt=planted.PROMPT,
         self_check=False,
     )
-
-
-@pytest.fixture
-def lccp(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 def test_a_runs_heads_before_and_after_birth(run):

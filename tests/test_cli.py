@@ -20,20 +20,6 @@ from lccp_interp import cli
 GRID = ["--lengths", "128,192", "--depths", "0,100", "--samples", "2"]
 
 
-def lccp(capsys, monkeypatch, *arguments):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
-@pytest.fixture
-def run_cli(capsys, monkeypatch):
-    return lambda *arguments: lccp(capsys, monkeypatch, *arguments)
-
-
 @pytest.fixture(scope="module")
 def scored(trajectory, tmp_path_factory):
     from lccp_interp.sweep import score
@@ -66,8 +52,8 @@ def scored(trajectory, tmp_path_factory):
         ["organism", "train"],
     ],
 )
-def test_every_command_explains_itself(run_cli, command):
-    code, out, _ = run_cli(*command, "--help")
+def test_every_command_explains_itself(lccp, command):
+    code, out, _ = lccp(*command, "--help")
     assert code == 0
     assert "Usage: lccp" in out
 
@@ -79,13 +65,13 @@ def test_help_imports_nothing_heavy():
     assert out.strip() == "[]"
 
 
-def test_score_then_heads(run_cli, trajectory, tmp_path):
-    code, out, _ = run_cli("score", trajectory, "--out", tmp_path / "run", *GRID, "--format", "json")
+def test_score_then_heads(lccp, trajectory, tmp_path):
+    code, out, _ = lccp("score", trajectory, "--out", tmp_path / "run", *GRID, "--format", "json")
     assert code == 0
     summary = json.loads(out)
     assert summary["cases"] == 8
     assert summary["checkpoints"] == ["pretrain-0", "lccp-1", "lccp-2"]
-    code, out, _ = run_cli("heads", tmp_path / "run", "--format", "json")
+    code, out, _ = lccp("heads", tmp_path / "run", "--format", "json")
     records = json.loads(out)
     assert code == 0
     assert len(records) == 3 * 12
@@ -95,25 +81,25 @@ def test_score_then_heads(run_cli, trajectory, tmp_path):
     assert [r["score"] for r in records] == sorted((r["score"] for r in records), reverse=True)
 
 
-def test_heads_formats_and_filters(run_cli, scored):
-    _, out, _ = run_cli(
+def test_heads_formats_and_filters(lccp, scored):
+    _, out, _ = lccp(
         "heads", scored, "--format", "csv", "--checkpoint", "last", "--top", "5", "--metric", "needle_mass"
     )
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 5
     assert {row["checkpoint"] for row in rows} == {"lccp-2"}
-    _, out, err = run_cli("heads", scored)
+    _, out, err = lccp("heads", scored)
     assert "score" in out
     assert "more (--top 0 shows all)" in err
 
 
-def test_figures_and_report(run_cli, scored, tmp_path):
-    code, out, _ = run_cli("figures", scored, "--out", tmp_path, "--formats", "svg")
+def test_figures_and_report(lccp, scored, tmp_path):
+    code, out, _ = lccp("figures", scored, "--out", tmp_path, "--formats", "svg")
     assert code == 0
     files = [Path(line) for line in out.splitlines()]
     assert len(files) >= 6
     assert all(file.stat().st_size > 0 for file in files)
-    code, out, _ = run_cli("report", scored, "--out", tmp_path / "report.html")
+    code, out, _ = lccp("report", scored, "--out", tmp_path / "report.html")
     assert code == 0
     assert "</html>" in (tmp_path / "report.html").read_text()
 
@@ -191,13 +177,13 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_gets_one_line_and_exit_code_2(run_cli, checkpoint, tmp_path, name):
+def test_bad_input_gets_one_line_and_exit_code_2(lccp, checkpoint, tmp_path, name):
     build, message = BAD_INPUT[name]
     if name == "other files in the folder":
         (tmp_path / "run").mkdir()
     arguments = build(checkpoint, tmp_path)
     grid = [] if "--lengths" in arguments else ["--lengths", "128"]
-    code, out, err = run_cli("score", *arguments, *grid, "--out", tmp_path / "run")
+    code, out, err = lccp("score", *arguments, *grid, "--out", tmp_path / "run")
     assert code == 2
     assert message in err
     assert err.startswith("lccp: ")
@@ -205,8 +191,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(run_cli, checkpoint, tmp_path, 
     assert "Traceback" not in err + out
 
 
-def test_another_study_in_the_folder(run_cli, trajectory, scored):
-    code, _, err = run_cli("score", trajectory, "--out", scored, "--lengths", "256")
+def test_another_study_in_the_folder(lccp, trajectory, scored):
+    code, _, err = lccp("score", trajectory, "--out", scored, "--lengths", "256")
     assert code == 2
     assert "holds another study" in err
 
@@ -219,14 +205,14 @@ def test_another_study_in_the_folder(run_cli, trajectory, scored):
         (["figures", "nowhere"], "no run at nowhere"),
     ],
 )
-def test_commands_on_no_run(run_cli, tmp_path, monkeypatch, arguments, message):
+def test_commands_on_no_run(lccp, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run_cli(*arguments)
+    code, _, err = lccp(*arguments)
     assert code == 2
     assert message in err
 
 
-def test_mistakes_after_scoring(run_cli, scored):
+def test_mistakes_after_scoring(lccp, scored):
     for arguments, message in [
         (["heads", scored, "--metric", "retreival"], "retrieval"),
         (["heads", scored, "--length", "999"], "128, 192"),
@@ -234,7 +220,7 @@ def test_mistakes_after_scoring(run_cli, scored):
         (["figures", scored, "--formats", "gif"], "unknown figure format 'gif'; known: pdf, svg, png"),
         (["report", scored, "--length", "999"], "128, 192"),
     ]:
-        code, _, err = run_cli(*arguments)
+        code, _, err = lccp(*arguments)
         assert code == 2, arguments
         assert message in err
         assert err.count("\n") == 1

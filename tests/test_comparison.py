@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ import polars as pl
 import pytest
 from synthetic import N_HEADS, N_LAYERS, PLANTED, write_run
 
-from lccp_interp import cli
 from lccp_interp.checkpoints import bundled_trajectory
 from lccp_interp.dynamics.comparison import by_kv_head, compare, kv_heads_of, survival
 from lccp_interp.dynamics.heads import head_sample, score_table, stability
@@ -367,18 +365,6 @@ def test_survival_without_a_cohort_or_with_undefined_scores(run):
     gone = table.with_columns(score=pl.when(checkpoint="lccp-1.2M", layer=2).then(float("nan")).otherwise("score"))
     last = survival(gone, threshold=CLEAR).row(-1, named=True)
     assert (last["n_cohort"], last["n_defined"], last["n_alive"], last["survival"]) == (4, 2, 1, 0.5)
-
-
-@pytest.fixture
-def lccp(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 def test_lccp_compare(lccp, run):

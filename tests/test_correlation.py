@@ -12,7 +12,6 @@ import polars as pl
 import pytest
 from scipy.stats import kendalltau, pearsonr, spearmanr
 from synthetic import write_run
-from test_cli import lccp
 
 from calibration.correlation import false_alarms
 from lccp_interp.dynamics import (
@@ -457,11 +456,6 @@ def probed(tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def run_cli(capsys, monkeypatch):
-    return lambda *arguments: lccp(capsys, monkeypatch, *arguments)
-
-
 def test_run_series_are_the_runs_own_tables(run):
     cheap, probes = run_series(run, length=1024)
     assert probes.is_empty()
@@ -514,8 +508,8 @@ def test_identical_weights_are_named(tmp_path):
         run_series(Run.open(run.path))
 
 
-def test_command_without_probes_says_so(run_cli, run):
-    code, out, err = run_cli("correlate", run.path, "--format", "json", "--length", "1024")
+def test_command_without_probes_says_so(lccp, run):
+    code, out, err = lccp("correlate", run.path, "--format", "json", "--length", "1024")
     assert code == 0
     records = json.loads(out)
     assert len(records) == 10 * 3
@@ -526,33 +520,33 @@ def test_command_without_probes_says_so(run_cli, run):
     assert "`lccp probe RUN --sft`, or import some with `lccp import FILE --into RUN`" in err
 
 
-def test_command_with_probes(run_cli, probed):
-    code, out, err = run_cli("correlate", probed.path, "--format", "csv", "--method", "kendall")
+def test_command_with_probes(lccp, probed):
+    code, out, err = lccp("correlate", probed.path, "--format", "csv", "--method", "kendall")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert (code, err) == (0, "")
     assert len(rows) == 5 * 2 * 3
     assert {row["probe"] for row in rows} == {"MRCR/accuracy", "RULER/qa/accuracy"}
-    code, out, _ = run_cli("correlate", probed.path, "--paper")
+    code, out, _ = lccp("correlate", probed.path, "--paper")
     assert code == 0
     assert "published r" in out
     assert "0.855" in out
-    code, out, _ = run_cli("correlate", probed.path, "--stage", "lccp", "--format", "json")
+    code, out, _ = lccp("correlate", probed.path, "--stage", "lccp", "--format", "json")
     assert {record["n"] for record in json.loads(out)} == {12, 13}
-    code, out, _ = run_cli("correlate", probed.path, "--lead-lag", "1", "--format", "json")
+    code, out, _ = lccp("correlate", probed.path, "--lead-lag", "1", "--format", "json")
     assert {record["lag"] for record in json.loads(out)} == {-1, 0, 1}
 
 
-def test_command_refuses_a_gap_unless_told(run_cli, tmp_path):
+def test_command_refuses_a_gap_unless_told(lccp, tmp_path):
     run = write_run(tmp_path / "gap")
     append_probes(run.path, "mine", probe_rows(run, drop=("lccp-1.2M",)))
-    code, _, err = run_cli("correlate", run.path)
+    code, _, err = lccp("correlate", run.path)
     assert code == 2
     assert "checkpoints do not match: cheap metrics have pretrain-0.5M, " in err
     assert err.count("\n") == 1
-    code, out, _ = run_cli("correlate", run.path, "--common", "--format", "json")
+    code, out, _ = lccp("correlate", run.path, "--common", "--format", "json")
     assert code == 0
     assert {record["n"] for record in json.loads(out)} == {14, 15}
-    code, _, err = run_cli("correlate", run.path, "--method", "spearmann")
+    code, _, err = lccp("correlate", run.path, "--method", "spearmann")
     assert code == 2
     assert "did you mean 'spearman'" in err
 

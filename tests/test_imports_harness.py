@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 from external import external
 from synthetic import cases
 
-from lccp_interp import cli
 from lccp_interp.imports import KINDS, add_results, guess_kind, import_probes, read_probes, read_results
 from lccp_interp.schema import Checkpoint, LccpError
 from lccp_interp.store import PROBES_SCHEMA, Run, RunWriter
@@ -35,18 +33,6 @@ def run(tmp_path):
         [Checkpoint(f"step-{i}", f"/weights/hf-{i}", 10 * i, hash=str(i)) for i in range(3)],
     )
     return Run.open(tmp_path / "run")
-
-
-@pytest.fixture
-def lccp(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 def lm_eval(**changes):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from external import external
-from test_cli import run_cli  # noqa: F401  (a fixture)
 from transformers import AutoTokenizer
 
 from lccp_interp.organism import language
@@ -387,13 +386,13 @@ def test_heads_are_scored_on_recast_facts(trajectory, tmp_path):
         score_grid([trajectory], tmp_path / "run", dataclasses.replace(grid, answer="answer"))
 
 
-def test_the_command_line_knows_the_task(run_cli, checkpoint, tmp_path):  # noqa: F811
+def test_the_command_line_knows_the_task(lccp, checkpoint, tmp_path):
     arguments = ["score", checkpoint, "--task", "longbio", "--tokens", "tokens-1M=1M", "--lengths", "200"]
     arguments += ["--depths", "50", "--samples", "1", "--out", tmp_path / "run"]
-    code, _, err = run_cli(*arguments)
+    code, _, err = lccp(*arguments)
     assert code == 0, err
     assert Run.open(tmp_path / "run").cases["case_id"].to_list() == ["longbio-standard-200-d50-0"]
-    code, _, err = run_cli(*arguments, "--chat")
+    code, _, err = lccp(*arguments, "--chat")
     assert code == 2
     assert "--task longbio writes its biographies and its prompt itself; leave out --chat" in err
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from synthetic import write_run
-from test_cli import lccp
 
 from lccp_interp.dynamics.paired import paired_census, paired_heads
 from lccp_interp.dynamics.selection import head_values
@@ -99,11 +98,11 @@ def test_what_cannot_be_paired_is_refused(tmp_path, runs):
         paired_heads(runs[0], write_run(tmp_path / "small", lengths=(256, 1024), only=(3,), change=cut))
 
 
-def test_the_command_lists_what_changed(runs, capsys, monkeypatch):
-    code, out, err = lccp(capsys, monkeypatch, "across", runs[0].path, runs[1].path, "--format", "json")
+def test_the_command_lists_what_changed(lccp, runs):
+    code, out, err = lccp("across", runs[0].path, runs[1].path, "--format", "json")
     assert code == 0
     rows = json.loads(out)
     assert {row["event"] for row in rows} == {"birth", "death", "undecided"}
     assert "pretrain-3.6M: 1 born, 1 died, " in err
-    code, out, _ = lccp(capsys, monkeypatch, "across", runs[0].path, runs[1].path, "--all", "--format", "csv")
+    code, out, _ = lccp("across", runs[0].path, runs[1].path, "--all", "--format", "csv")
     assert len(out.splitlines()) == 1 + 3 * 32

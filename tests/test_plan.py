@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from conftest import tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from lccp_interp import cli
 from lccp_interp.capture import architectures
 from lccp_interp.capture import footprint as footprint_module
 from lccp_interp.capture.architectures import ARCHITECTURES
@@ -388,17 +386,9 @@ def test_a_tokenizer_stands_in_only_where_there_is_none(checkpoint, tmp_path):
     assert own(text).input_ids == other(text).input_ids
 
 
-def lccp(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
-def test_64k_of_hunyuan_on_the_command_line(capsys, monkeypatch):
+def test_64k_of_hunyuan_on_the_command_line(lccp):
     code, out, _ = lccp(
-        capsys, monkeypatch, "plan", HUNYUAN, "--lengths", "16384,65536", "--depths", "50", "--samples", "1",
+        "plan", HUNYUAN, "--lengths", "16384,65536", "--depths", "50", "--samples", "1",
         "--memory", "2x80",
     )  # fmt: skip
     assert code == 0
@@ -417,9 +407,9 @@ def test_64k_of_hunyuan_on_the_command_line(capsys, monkeypatch):
     assert "no tokenizer there: the bundled language's stands in" in out
 
 
-def test_formats_of_the_command(capsys, monkeypatch, trajectory):
+def test_formats_of_the_command(lccp, trajectory):
     arguments = ("plan", trajectory, "--lengths", "128,192", "--samples", "1", "--memory", "1")
-    code, out, _ = lccp(capsys, monkeypatch, *arguments, "--format", "json")
+    code, out, _ = lccp(*arguments, "--format", "json")
     assert code == 0
     record = json.loads(out)
     assert record["n_cases"] == 10
@@ -429,14 +419,14 @@ def test_formats_of_the_command(capsys, monkeypatch, trajectory):
     assert model["fits"] is True
     for one in model["footprints"]:
         assert one["total_bytes"] == one["weight_bytes"] + one["cache_bytes"] + one["working_bytes"]
-    code, out, _ = lccp(capsys, monkeypatch, *arguments, "--format", "csv")
+    code, out, _ = lccp(*arguments, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["length"] for row in rows] == ["128", "192"]
     assert {row["fits"] for row in rows} == {"yes"}
     assert float(rows[0]["weights_gib"]) * GIB == pytest.approx(model["footprints"][0]["weight_bytes"])
 
 
-def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, checkpoint):
+def test_mistakes_are_one_line(lccp, tmp_path, checkpoint):
     for arguments, words in (
         ((tmp_path,), "has no config.json, nor has a folder in it"),
         ((checkpoint, "--memory", "big"), "--memory 'big': write the GiB of a device"),
@@ -446,7 +436,7 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, checkpoint):
         ((checkpoint, "--task", "interference", "--depths", "50"), "--depths belongs to --task niah or longbio"),
         ((checkpoint, "--chunk-tokens", "0"), "chunk_tokens must be at least 1"),
     ):
-        code, out, err = lccp(capsys, monkeypatch, "plan", *arguments)
+        code, out, err = lccp("plan", *arguments)
         assert (code, out) == (2, "")
         assert words in err
         assert err.count("\n") == 1

@@ -7,7 +7,6 @@ import shutil
 
 import polars as pl
 import pytest
-from test_cli import lccp
 
 from lccp_interp.behaviour import probe as probe_module
 from lccp_interp.behaviour.mixture import Length, build_mixture, find_tasks
@@ -279,24 +278,22 @@ def test_items_do_not_depend_on_the_company_they_keep(tokenizer):
     assert all(by_id[item.item_id] == item for item in alone)
 
 
-def test_the_command(run, undisturbed, capsys, monkeypatch):
+def test_the_command(lccp, run, undisturbed):
     asked = ("--sft", "--tasks", "longbio-standard,mrcr-2needle", "--lengths", "256-320", "--samples", "2")
     options = (*asked, "--train-samples", "2", "--epochs", "1", "--batch-size", "2", "--k", "2")
-    code, out, err = lccp(capsys, monkeypatch, "probe", run.path, *options, "--only", "lccp-2", "--format", "json")
+    code, out, err = lccp("probe", run.path, *options, "--only", "lccp-2", "--format", "json")
     assert code == 0, err
     records = json.loads(out)
     expected = undisturbed[0].filter(checkpoint="lccp-2")
     assert [record["score"] for record in records] == expected["score"].to_list()
     assert all(record["ci_low"] <= record["score"] <= record["ci_high"] for record in records)
-    code, out, _ = lccp(
-        capsys, monkeypatch, "probe", run.path, "--corpus", "stories", "--lengths", "96", "--documents", "2"
-    )
+    code, out, _ = lccp("probe", run.path, "--corpus", "stories", "--lengths", "96", "--documents", "2")
     assert code == 0
     assert "corpus-ppl" in out
-    code, _, err = lccp(capsys, monkeypatch, "probe", run.path, "--sft", "--corpus", "stories")
+    code, _, err = lccp("probe", run.path, "--sft", "--corpus", "stories")
     assert code == 2
     assert "take the checkpoints as they are; leave out --sft" in err
     # By default the paper's band: from half to all of the longest length, here too short for any item.
-    code, _, err = lccp(capsys, monkeypatch, "probe", run.path, "--name", "band")
+    code, _, err = lccp("probe", run.path, "--name", "band")
     assert code == 2
     assert "fits 32 tokens" in err

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 from synthetic import write_run
-from test_cli import lccp
 
 from lccp_interp.dynamics import Draws, correlate, paper_layout, run_series
 from lccp_interp.dynamics.probe_choice import probe_series
@@ -16,11 +15,6 @@ from lccp_interp.schema import LccpError
 from lccp_interp.store import PROBES_SCHEMA, append_probes
 
 FEW = Draws(n_perm=199, n_boot=50)
-
-
-@pytest.fixture
-def run_cli(capsys, monkeypatch):
-    return lambda *arguments: lccp(capsys, monkeypatch, *arguments)
 
 
 def own_results(run, *, benchmarks=None, metrics=("sft greedy", "sft pass@3"), length=1024):
@@ -127,16 +121,16 @@ def test_the_published_numbers_stand_beside_benchmarks_in_the_manner_of_the_pape
     assert wide.filter(cheap="answer_ppl", quantity="published r")["average"][0] == pytest.approx(-0.8210, abs=1e-4)
 
 
-def test_command_says_how_many_results_were_left_out(run_cli, studied):
-    code, out, err = run_cli("correlate", studied.path, "--format", "json")
+def test_command_says_how_many_results_were_left_out(lccp, studied):
+    code, out, err = lccp("correlate", studied.path, "--format", "json")
     assert code == 0
     assert len(json.loads(out)) == 8 * 5 * 3
     # Three greedy ones of LongBio and RULER, two of MRCR, three pooled perplexities, and the key tokens.
     assert err.startswith("left out 9 more series of results (LongBio-style/pronoun/1024/sft greedy, ")
     assert err.endswith("; --probe chooses others\n")
-    code, out, err = run_cli("correlate", studied.path, "--format", "json", "--probe", "*greedy", "--probe", "*best@3")
+    code, out, err = lccp("correlate", studied.path, "--format", "json", "--probe", "*greedy", "--probe", "*best@3")
     assert {record["probe"].rsplit(" ", 1)[1] for record in json.loads(out)} == {"greedy", "best@3"}
     assert "without --probe one metric per subset is taken" in err
-    code, _, err = run_cli("correlate", studied.path, "--probe", "*bleu")
+    code, _, err = lccp("correlate", studied.path, "--probe", "*bleu")
     assert code == 2
     assert "--probe '*bleu' matches no probe result" in err

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from scipy.optimize import least_squares
 from synthetic import checkpoints, write_run
 
 from calibration.saturation import draw, simulate_coverage
-from lccp_interp import cli
 from lccp_interp.dynamics import (
     RunTables,
     deceptive_saturation,
@@ -624,13 +623,8 @@ def test_the_report_quotes_the_verdict(run):
     assert f" {found.sentence} " in finding.text
 
 
-def test_command(run, monkeypatch, capsys):
-    def lccp(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", "saturation", str(run.path), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
+def test_command(run, lccp):
+    lccp = partial(lccp, "saturation", run.path)
     code, out, _ = lccp("--metric", "niah_score,loss_nats", "--length", "1024", "--share", "90", "--format", "json")
     assert code == 0
     records = json.loads(out)

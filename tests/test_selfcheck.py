@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shutil
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from transformers import AutoConfig, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from lccp_interp import cli
 from lccp_interp.capture import rows as tap
 from lccp_interp.capture.architectures import named, tiny_model
 from lccp_interp.capture.model import HookedModel, load_model, read_architecture
@@ -402,15 +401,8 @@ def test_missing_shards_are_named(checkpoint, tmp_path):
 
 
 @pytest.fixture
-def lccp_check(capsys, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", "check", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
+def lccp_check(lccp):
+    return partial(lccp, "check")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killed import CASES, live
-from test_cli import lccp
 from test_store_lock import DRIVE, start
 
 from benchmarks.soak import differences
@@ -158,17 +157,17 @@ def test_nothing_is_removed_under_the_hands_of_a_driver(run):
     assert (run / PART).exists()
 
 
-def test_the_command_says_what_it_found(run, capsys, monkeypatch):
-    code, out, err = lccp(capsys, monkeypatch, "verify", run)
+def test_the_command_says_what_it_found(lccp, run):
+    code, out, err = lccp("verify", run)
     assert (code, out, err) == (0, "", f"{run}: 10 files: 10 whole\n")
     (run / PART).write_bytes(b"")
-    code, out, err = lccp(capsys, monkeypatch, "verify", run)
+    code, out, err = lccp("verify", run)
     assert code == 2
     assert PART in out
     assert "outcomes" not in out
     assert f"{run}: 10 files: 9 whole, 1 damaged\n" in err
     assert "lccp: 1 of 10 files are not whole; `lccp verify RUN --repair` removes what is damaged or left\n" in err
-    code, out, err = lccp(capsys, monkeypatch, "verify", run, "--format", "json")
+    code, out, err = lccp("verify", run, "--format", "json")
     assert code == 2
     records = json.loads(out)
     assert len(records) == 10
@@ -176,11 +175,11 @@ def test_the_command_says_what_it_found(run, capsys, monkeypatch):
     assert records[-4] == {
         "file": PART, "state": "damaged", "rows": None, "why": "is not a whole Parquet file", "again": "score again",
     }  # fmt: skip
-    code, out, err = lccp(capsys, monkeypatch, "verify", run, "--repair")
+    code, out, err = lccp("verify", run, "--repair")
     assert code == 0
     assert "what was removed is made again by the command that made it: score again\n" in err
     assert not (run / PART).exists()
-    code, _, err = lccp(capsys, monkeypatch, "verify", run / "scores")
+    code, _, err = lccp("verify", run / "scores")
     assert (code, err) == (2, f"lccp: no run at {run / 'scores'}: it has no run.json; make one with `lccp score "
                               f"CHECKPOINT... --out {run / 'scores'}`\n")  # fmt: skip
 

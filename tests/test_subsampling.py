@@ -11,7 +11,6 @@ import pytest
 from polars.testing import assert_frame_equal
 from scipy.stats import pearsonr, spearmanr
 from synthetic import write_run
-from test_cli import lccp
 
 from lccp_interp.dynamics import advice, budget, census, score_table
 from lccp_interp.dynamics.heads import is_retrieval_head
@@ -192,17 +191,17 @@ def test_advice_names_the_choice_and_its_price(table):
     assert len(advice(table, level=0.95)) == len(MEASURES)
 
 
-def test_command(capsys, monkeypatch, run):
-    code, out, err = lccp(capsys, monkeypatch, "budget", run.path, "--measures", "loss_nats", "--format", "json")
+def test_command(lccp, run):
+    code, out, err = lccp("budget", run.path, "--measures", "loss_nats", "--format", "json")
     assert (code, err) == (0, "")
     records = json.loads(out)
     assert len(records) == 12
     assert sum(record["cheapest"] for record in records) == 1
-    code, out, _ = lccp(capsys, monkeypatch, "budget", run.path, "--measures", "loss_nats,niah_score")
+    code, out, _ = lccp("budget", run.path, "--measures", "loss_nats,niah_score")
     assert code == 0
     assert "tokens_per_checkpoint" in out
     assert "of the SFT probe's 500,000,000" in out
-    code, _, err = lccp(capsys, monkeypatch, "budget", run.path, "--measures", "loss")
+    code, _, err = lccp("budget", run.path, "--measures", "loss")
     assert code == 2
     assert "unknown measure 'loss' in budget" in err
     assert err.count("\n") == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
 import weakref
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from lccp_interp import cli
 from lccp_interp.capture import views
 from lccp_interp.capture.model import HookedModel, load_model
 from lccp_interp.schema import Case, LccpError, Span
@@ -460,16 +459,11 @@ def test_what_other_libraries_do_not_do_is_refused_before_anything_is_written(ch
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line_passes_the_backend_on(checkpoint, tmp_path, capsys, monkeypatch):
-    def lccp(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", "score", str(checkpoint), "--out", str(tmp_path / "run"), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, capsys.readouterr().err
-
-    code, err = lccp("--backend", "lens")
+def test_the_command_line_passes_the_backend_on(checkpoint, tmp_path, lccp):
+    lccp = partial(lccp, "score", checkpoint, "--out", tmp_path / "run")
+    code, _, err = lccp("--backend", "lens")
     assert code == 2
     assert "unknown backend 'lens'; known: transformers, transformer_lens, nnsight" in err
-    code, _ = lccp("--lengths", "96", "--depths", "0", "--samples", "1", "--backend", "nnsight")
+    code, _, _ = lccp("--lengths", "96", "--depths", "0", "--samples", "1", "--backend", "nnsight")
     assert code == 0
     assert Run.open(tmp_path / "run").config["backend"] == "nnsight"
