@@ -21,7 +21,9 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ft2font import FT2Font, LoadFlags
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.tables import InterferenceTables, RunTables
@@ -161,10 +163,23 @@ def axis_inches(axis: Axes) -> float:
 
 def canvas(columns: int, height: float) -> Figure:
     """An empty figure over so many columns of a page, `height` inches high."""
-    figure = Figure(figsize=(page_width(columns), height), layout="constrained")
+    layout = _SteadyLayout(w_pad=0.03, h_pad=0.03, wspace=0.04, hspace=0.05)
+    figure = Figure(figsize=(page_width(columns), height), layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.04, hspace=0.05)  # type: ignore[union-attr,call-arg]
     return figure
+
+
+class _SteadyLayout(ConstrainedLayoutEngine):
+    """Constrained layout on a fine grid: its solver's last digits differ from call to call, and so would the files."""
+
+    def execute(self, fig: Any) -> Any:
+        result = super().execute(fig)
+        for axis in fig.axes:
+            points = axis.get_position(original=True).get_points()
+            # Not to the nearest: whole and half steps, where many edges lie, must not fall to either side.
+            axis.set_position(Bbox(np.floor(points * 1e6 + 0.37) / 1e6))
+            axis.set_in_layout(True)
+        return result
 
 
 def colormap(colours: Sequence[str]) -> LinearSegmentedColormap:
