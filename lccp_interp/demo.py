@@ -8,6 +8,7 @@ two cores, twice as much for the rest.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ def demo_study(
         device: as in `load_model`.
         quick: head scores only.
 
+    Without the packages of the extra `train` nothing is fine-tuned.
+
     Example:
         >>> [probe.probe for probe in demo_study("runs/demo").probes]
         ['corpus', 'ask']
@@ -54,6 +57,7 @@ def demo_study(
         "figures": {"length": length, "formats": list(FORMATS)},
         "execution": {"device": device},
     }
+    with_sft = importlib.util.find_spec("trl") is not None
     if not quick:
         interference = {
             "task": "interference",
@@ -83,5 +87,9 @@ def demo_study(
             "n_draws": N_DRAWS,
             "checkpoints": N_ABLATED,
         }
-        study |= {"tasks": [niah, interference], "probes": [corpora, asked], "ablations": [removed]}
+        study |= {
+            "tasks": [niah, interference],
+            "probes": [corpora, asked] if with_sft else [corpora],
+            "ablations": [removed],
+        }
     return check_study(study)

@@ -105,3 +105,7 @@ def test_options_that_cannot_be_read(options, message):
 def test_sizes_that_cannot_be_read(text):
     with pytest.raises(LccpError, match="is no size; write it like 40GB"):
         parse_bytes(text)
+
+
+def test_a_folder_that_is_not_there_is_no_list(tmp_path):
+    assert "no checkpoint folder at" in run("checkpoints", tmp_path / "none", code=2).stderr

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sweeping import N_UNITS, At, done_units, kill, log_of, parts, process_of, sweep, wait_for
 
-from lccp_interp import cli
 from lccp_interp.checkpoints import Depot, find_checkpoints
 from lccp_interp.schema import Checkpoint, LccpError
 from lccp_interp.store import Run, driving
@@ -361,25 +360,12 @@ def test_a_script_needs_no_guard_around_its_call(trajectory, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["executions"][0]["executor"] == "pool"
 
 
-@pytest.fixture
-def lccp(capsys, monkeypatch):
-    """Runs the command line in this process; gives (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
-
-
 def test_the_command_line_says_by_whom(lccp, trajectory, tmp_path, monkeypatch):
     from lccp_interp.cli.execution import worker_options
 
     asked = []
     monkeypatch.setattr("lccp_interp.sweep.score_grid", lambda *args, execution, **options: asked.append(execution))
+    monkeypatch.setattr("lccp_interp.study.run_status", lambda run: {"done": 0.5})
     options = "--executor slurm --workers 3 --cpus-per-worker 4 --gpus-per-worker 2 --threads 1 --detach"
     slurm = ["--slurm", "partition=gpu", "--slurm", "time=90", "--slurm", "mem_gb=0.5"]
     code, _, err = lccp("score", trajectory, "--out", tmp_path / "run", *options.split(), *slurm)
@@ -392,6 +378,15 @@ def test_the_command_line_says_by_whom(lccp, trajectory, tmp_path, monkeypatch):
     given = dict.fromkeys(("cpus_per_worker", "gpus_per_worker", "threads", "ray_address"))
     with pytest.raises(LccpError, match="--slurm 'gpu': write KEY=VALUE, like partition=gpu or time=600"):
         worker_options(executor="slurm", workers=1, slurm=["gpu"], detach=False, **given)
+
+
+def test_no_jobs_are_told_of_where_there_was_nothing_to_do(lccp, trajectory, tmp_path):
+    grid = ["--lengths", "96", "--depths", "50", "--samples", "1", "--metrics", "retrieval"]
+    command = ["score", trajectory / "pretrain-0", "--out", tmp_path / "run", *grid]
+    assert lccp(*command)[0] == 0
+    code, out, err = lccp(*command, "--executor", "slurm", "--slurm", "cluster=local", "--detach")
+    assert (code, err) == (0, "")
+    assert "1 checkpoints x 1 cases" in out
 
 
 def test_a_failed_checkpoint_is_one_line_and_exit_code_2(lccp, trajectory, tmp_path):
@@ -420,3 +415,13 @@ def test_the_benchmark_of_scheduling_runs_what_it_says():
     assert 0 <= record["lost"] < 1
     assert record["units_per_s"] <= 2 / 0.2
     assert "| pool | 2 |" in scaling.table([record])[-1]
+
+
+def test_what_lies_in_the_working_directory_is_not_imported(trajectory, tmp_path, monkeypatch):
+    """It may be the folder of a checkpoint that somebody else made."""
+    for name in ("polars", "torch", "lccp_interp"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the working directory ran')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    sweep(trajectory / "pretrain-0", tmp_path / "run", executor="pool", workers=1)
+    assert len(parts(tmp_path / "run")) == 6

@@ -198,6 +198,9 @@ def test_150_revisions_need_the_room_of_two(hub, cache, folders):
         depot.expect(found)
         for checkpoint in found:
             with depot.hold(checkpoint) as local:
+                if depot._ahead is not None:
+                    depot._ahead.join()
+                peaks.append(weights_under(cache))
                 assert (local.path / "model.safetensors").read_bytes()[-4:] == checkpoint.tokens_seen.to_bytes(
                     4, "little"
                 )
@@ -617,6 +620,21 @@ def test_what_another_one_holds_is_waited_for_and_not_evicted(hub, cache, folder
         assert got.wait(30)
         waiting.join()
     assert not Shelf.read(first.path).is_whole()
+
+
+def test_a_file_system_without_locks_is_named(hub, cache, monkeypatch):
+    (found,) = find_checkpoints([f"{REPOSITORY}@step1"], cache=cache)
+
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("lccp_interp.checkpoints.shelf.fcntl.flock", flock)
+    with (
+        Depot(cache=cache) as depot,
+        pytest.raises(LccpError, match=r"keeps no locks \(No locks available\).*--cache"),
+        depot.hold(found),
+    ):
+        raise AssertionError("it was held without a lock")
 
 
 def test_a_lock_of_a_dead_process_is_free(tmp_path):

@@ -180,3 +180,55 @@ def test_without_the_extra_it_is_named(two, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(LccpError, match=r"needs submitit; install it with pip install 'lccp_interp\[slurm\]'"):
         sweep(two, tmp_path / "run", executor="slurm")
+
+
+class Queue:
+    """What SLURM still has, as submitit tells: job ids by state; submits under new ids."""
+
+    def __init__(self, states):
+        self.states, self.submitted = states, []
+        queue = self
+
+        class Job:
+            def __init__(self, folder, job_id):
+                self.job_id, self.state = job_id, queue.states.get(job_id, "UNKNOWN")
+
+            def done(self):
+                return self.state not in ("PENDING", "RUNNING", "UNKNOWN")
+
+        self.job_class = Job
+
+    def batch(self):
+        return contextlib.nullcontext()
+
+    def submit(self, job):
+        self.submitted.append(job.of.name)
+        self.states[new := str(len(self.submitted))] = "PENDING"
+        return self.job_class(None, new)
+
+
+def test_detached_jobs_that_slurm_still_has_are_not_submitted_twice(two, tmp_path, monkeypatch):
+    queue = Queue({})
+    monkeypatch.setattr(slurm, "_executor", lambda execution, folder: queue)
+    jobs = tmp_path / "run" / "slurm" / "jobs.json"
+    for _ in range(2):
+        sweep(two, tmp_path / "run", executor="slurm", detach=True)
+        assert queue.submitted == ["pretrain-0", "lccp-1"]
+        assert json.loads(jobs.read_text()) == {"pretrain-0": "1", "lccp-1": "2"}
+    queue.states["1"] = "FAILED"
+    sweep(two, tmp_path / "run", executor="slurm", detach=True)
+    assert queue.submitted == ["pretrain-0", "lccp-1", "pretrain-0"]
+    assert json.loads(jobs.read_text()) == {"pretrain-0": "3", "lccp-1": "2"}
+
+
+def test_a_job_that_slurm_has_long_forgotten_is_not_waited_for(two, tmp_path, monkeypatch):
+    queue = Queue({})
+    monkeypatch.setattr(slurm, "_executor", lambda execution, folder: queue)
+    sweep(two, tmp_path / "run", executor="slurm", detach=True)
+    queue.states.clear()
+    listed = tmp_path / "run" / "slurm" / "jobs.json"
+    sweep(two, tmp_path / "run", executor="slurm", detach=True)
+    assert len(queue.submitted) == 2  # submitted just now: SLURM may take a while to tell of it
+    os.utime(listed, (0, listed.stat().st_mtime - 2 * slurm.FORGOTTEN_S))
+    sweep(two, tmp_path / "run", executor="slurm", detach=True)
+    assert len(queue.submitted) == 4

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
-from lccp_interp import cli
+from lccp_interp.interventions.causal import ablate_heads
 from lccp_interp.schema import Checkpoint, LccpError
 from lccp_interp.store import Run, driving
 from lccp_interp.study import check_study, planned_stages, read_study, run_status, run_study, stages
 from lccp_interp.study.stages import chosen_names
 from lccp_interp.study.template import TEMPLATE
+from lccp_interp.sweep import Access
 
 SMALL = """\
 out: run
@@ -147,10 +149,19 @@ execution:
          "FILE: ablations: length 64 is not among those of the first task: none"),
         ("out: a\ncheckpoints: b\ntasks: [{task: niah, name: ../up}]\n",
          "FILE:3: tasks[1].name: got '../up'; string should match pattern"),
+        ("out: a\ncheckpoints: b\ntasks: [{task: niah}]\nexecution: {executor: ray, ray_address: evil:1}\n",
+         "FILE:4: execution.ray_address: unknown key"),
         ("out: a\ncheckpoints: b\ntasks: [{task: niah}]\nexecution: {trust_remote_code: true}\n",
          "FILE:4: execution.trust_remote_code: unknown key; known: device"),
         ("out: a\ncheckpoints: b\ntasks: [{task: niah}]\nexecution: {executor: slurm, slurm: {setup: [rm -rf x]}}\n",
          "FILE:4: execution.slurm.setup: got 'setup'; allowed: 'cluster'"),
+        ('out: a\ncheckpoints: b\ntasks: [{task: niah}]\nexecution: {executor: slurm, slurm: {gres: "a\\nrm x"}}\n',
+         "FILE:4: execution.slurm.gres: got 'a\\nrm x'; string should match pattern"),
+        ("out: a\ncheckpoints: b\ntasks: [{task: niah}]\nprobes: [{probe: ask, lengths: [64], tasks: [longbi]}]\n",
+         "FILE:4: probes[1].tasks: unknown task 'longbi': families are longbio, ruler, mrcr; did you mean 'longbio'?"),
+        ("out: a\ncheckpoints: b\ntasks: [{task: niah}]\nprobes: [{probe: ask, lengths: [9], sft: false, keep: on}]\n",
+         "FILE:4: probes[1]: heads and keep are about what fine-tuning made; take sft: true, or leave them out"),
+        ("out: a\n? [b]\n: c\n", "FILE:2: a key has to be a plain text; mend the line"),
         ("out: a\ncheckpoints: b\ntasks: [{task: niah}]\nmetrics: [!!python/name:os.system ]\n",
          "FILE:4: no YAML: could not determine a constructor for the tag"),
     ],
@@ -269,6 +280,13 @@ probes:
 ablations: [{k: [1]}]
 """
     )
+    there = {"trl": True, "lm_eval": True}
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: (object() if there[name] else None) if name in there else find_spec(name, *more),
+    )
     found = planned_stages(read_study(written(tmp_path, text)))
     assert [name for name, _ in found] == [
         "scoring", "reading", "probing", "heads after", "probing", "lm-eval", "removing heads", "figures",
@@ -276,16 +294,11 @@ ablations: [{k: [1]}]
     assert found[0][1] == "niah: 3 checkpoints, 2 samples"
     assert found[2][1] == "longbio-standard on 2 checkpoints after light fine-tuning"
     assert not (tmp_path / "run").exists()
-    notes = []
-    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(stages.Stage, "do", None, raising=False)
-    study = read_study(tmp_path / "study.yaml")
-    names = [stage.name for stage in stages._stages(study, stages.study_checkpoints(study), notes.append, {})]
-    assert "heads after" not in names
-    assert names.count("probing") == 1
-    assert notes == [
-        "without fine-tuning: the packages trl, peft and datasets are missing (install lccp_interp[train])"
-    ]
+    for package, extra in (("trl", "train"), ("lm_eval", "eval")):
+        there[package] = False
+        with pytest.raises(LccpError, match=rf"needs the package {package}; install lccp_interp\[{extra}\]"):
+            planned_stages(read_study(tmp_path / "study.yaml"))
+        there[package] = True
 
 
 def test_without_lengths_and_depths_there_is_nothing_to_draw(trajectory, tmp_path):
@@ -297,29 +310,21 @@ def test_without_lengths_and_depths_there_is_nothing_to_draw(trajectory, tmp_pat
     assert run.scores.collect()["checkpoint"].n_unique() == 3
 
 
-def lccp(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lccp", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
-
-
-def test_run_init_and_status_on_the_command_line(trajectory, tmp_path, capsys, monkeypatch):
+def test_run_init_and_status_on_the_command_line(lccp, trajectory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert lccp(capsys, monkeypatch, "init")[:2] == (0, "study.yaml: edit it, then lccp run study.yaml\n")
-    code, _, err = lccp(capsys, monkeypatch, "init")
+    assert lccp("init")[:2] == (0, "study.yaml: edit it, then lccp run study.yaml\n")
+    code, _, err = lccp("init")
     assert (code, err) == (
         2, "lccp: study.yaml is there already; choose another name, or write over it with --force\n",
     )  # fmt: skip
     path = written(tmp_path, SMALL.format(folder=trajectory))
-    code, out, _ = lccp(capsys, monkeypatch, "run", path, "--dry-run", "--format", "json")
+    code, out, _ = lccp("run", path, "--dry-run", "--format", "json")
     assert json.loads(out) == [{"stage": "scoring", "does": "niah: 3 checkpoints, 2 samples"}]
-    code, out, _ = lccp(capsys, monkeypatch, "run", path)
+    code, out, _ = lccp("run", path)
     assert code == 0
     assert f"{tmp_path / 'run'}: 100% scored, nobody is at work" in out
     assert "3 of 3" in out
-    code, out, _ = lccp(capsys, monkeypatch, "status", tmp_path / "run", "--format", "json")
+    code, out, _ = lccp("status", tmp_path / "run", "--format", "json")
     found = json.loads(out)
     assert (found["done"], found["driver"], found["eta_s"]) == (1.0, None, None)
     assert found["tasks"][0] == {
@@ -330,9 +335,9 @@ def test_run_init_and_status_on_the_command_line(trajectory, tmp_path, capsys, m
         ],
     }  # fmt: skip
     assert found["log"]
-    code, out, _ = lccp(capsys, monkeypatch, "status", tmp_path / "run", "--format", "csv")
+    code, out, _ = lccp("status", tmp_path / "run", "--format", "csv")
     assert out.splitlines()[0] == "task,folder,name,tokens_seen,units,units_done"
-    code, _, err = lccp(capsys, monkeypatch, "status", tmp_path / "none")
+    code, _, err = lccp("status", tmp_path / "none")
     assert code == 2
     assert "no run at" in err
 
@@ -347,3 +352,103 @@ def test_status_while_somebody_is_at_work(trajectory, tmp_path):
     assert 0 < found["eta_s"] < 600
     assert found["done"] == pytest.approx(2 / 3)
     assert run_status(run.path)["driver"] is None
+
+
+def test_a_study_that_could_not_begin_may_be_mended(lccp, trajectory, tmp_path):
+    """What was asked and never done binds nobody, wherever it was mistaken."""
+    text = SMALL.format(folder=trajectory)
+    with pytest.raises(LccpError, match=r"unknown metric 'retreival'.*did you mean 'retrieval'"):
+        silent(read_study(written(tmp_path, text.replace("[retrieval]", "[retreival]"))))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(LccpError):
+        silent(read_study(written(tmp_path, text.replace("[64, 128]", "[2, 128]"))))  # found out by the first task
+    later = text.replace("metrics:", "  - {task: longbio, lengths: [8], depths: [50], samples: 1}\nmetrics:")
+    with pytest.raises(LccpError):
+        silent(read_study(written(tmp_path, later)))  # found out by the second task, when the first is done
+    assert Run.open(tmp_path / "run").scores.collect().height
+    assert run_status(tmp_path / "run")["not_begun"] == ["longbio"]
+    assert "not begun yet: longbio" in lccp("status", tmp_path / "run")[1]
+    mended = silent(read_study(written(tmp_path, later.replace("[8]", "[320]"))))
+    assert Run.open(mended.path / "longbio").scores.collect().height
+    assert run_status(mended.path)["not_begun"] == []
+    with pytest.raises(LccpError, match=r"tasks.longbio.lengths was \[320\] and is now \[8\]"):
+        silent(read_study(written(tmp_path, later)))
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_begun(trajectory, tmp_path):
+    text = SMALL.format(folder=trajectory)
+    second = "  - {task: longbio, metrics: [coppy]}\nmetrics:"
+    for changed, words in (
+        (text.replace("metrics:", second), "unknown metric 'coppy'"),
+        (text.replace("samples: 2", "samples: 2\n    needles: none.jsonl"), "none.jsonl"),
+        (text + "execution: {workers: 4}\n", "workers is an option of executor pool or ray or slurm"),
+    ):
+        study = read_study(written(tmp_path, changed))
+        for start in (silent, planned_stages):
+            with pytest.raises(LccpError, match=words):
+                start(study)
+    assert not (tmp_path / "run").exists()
+
+
+def test_needles_and_texts_of_ones_own(trajectory, tmp_path):
+    needle = {"needle": "The code of Mara is 4 0 7.", "question": "What is the code of Mara?", "answer": "4 0 7."}
+    (tmp_path / "needles.jsonl").write_text(json.dumps(needle) + "\n")
+    (tmp_path / "essays").mkdir()
+    (tmp_path / "essays" / "one.txt").write_text("Nothing happens here, and then it happens again. " * 80)
+    texts = "samples: 2\n    needles: needles.jsonl\n    haystack: essays"
+    run = silent(read_study(written(tmp_path, SMALL.format(folder=trajectory).replace("samples: 2", texts))))
+    assert run.cases["length"].unique().to_list() == [64, 128]
+
+
+def test_another_study_that_was_begun_meanwhile_is_not_mixed_in(trajectory, tmp_path, monkeypatch):
+    text = SMALL.format(folder=trajectory)
+    found = stages.study_checkpoints
+
+    def meanwhile(study, **trust):
+        monkeypatch.setattr(stages, "study_checkpoints", found)
+        silent(read_study(written(tmp_path, text.replace("samples: 2", "samples: 1"), "other.yaml")))
+        return found(study, **trust)
+
+    monkeypatch.setattr(stages, "study_checkpoints", meanwhile)
+    with pytest.raises(LccpError, match=r"tasks\.first\.samples was 1 and is now 2"):
+        silent(read_study(written(tmp_path, text)))
+
+
+def test_pickles_are_asked_again_only_if_they_are_allowed(trajectory, tmp_path):
+    """In every stage, and for what is only planned."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(trajectory, folder)
+    for weights in folder.glob("*/model.safetensors"):
+        torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+        weights.unlink()
+    text = SMALL.format(folder=folder) + "ablations: [{k: [1], n_cases: 2, n_draws: 1}]\n"
+    study = read_study(written(tmp_path, text))
+    for start in (silent, planned_stages):
+        with pytest.raises(LccpError, match="--allow-pickle"):
+            start(study)
+    assert [name for name, _ in planned_stages(study, allow_pickle=True)] == ["scoring", "removing heads"]
+    run = silent(study, allow_pickle=True)
+    assert run_status(run.path)["ablations"]
+    moved = folder.rename(tmp_path / "moved")
+    again = {"k": [1], "n_cases": 1, "n_draws": 1, "folders": [moved]}
+    with pytest.raises(LccpError, match="--allow-pickle"):
+        ablate_heads(run.path, **again)
+    assert ablate_heads(run.path, **again, access=Access(allow_pickle=True)).height
+
+
+def test_names_that_a_run_needs_itself_are_refused(tmp_path):
+    text = SMALL.format(folder="b").replace("metrics:", "  - {task: longbio, name: scores}\nmetrics:")
+    assert told(tmp_path, text) == [
+        "FILE: a task is called 'scores', as something else in a run folder is; give it another name"
+    ]
+
+
+def test_a_heading_without_anything_asks_for_what_is_usual(tmp_path):
+    text = SMALL.format(folder="b") + "execution:\nprobes:\n"
+    study = read_study(written(tmp_path, text))
+    assert (study.execution.executor, study.probes) == ("here", [])
+    assert told(tmp_path, text + "probbes:\n")[0].startswith("FILE:13: probbes: unknown key; did you mean 'probes'?")
+    assert told(tmp_path, text.replace("out: run", "out:"))[0] == "FILE:1: out: is missing; give it"

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from lccp_interp.checkpoints import hub as hub_client
 from lccp_interp.checkpoints.shelf import default_cache
 from lccp_interp.interventions.causal import ablate_heads
+from lccp_interp.interventions.tracing import trace_circuit
 from lccp_interp.schema import LccpError
 from lccp_interp.store import Run
 from lccp_interp.study import check_study, run_study
@@ -76,6 +77,7 @@ def test_a_study_of_revisions_is_scored_asked_and_robbed_of_heads(hub, tmp_path)
     probed = run.probes.collect()
     assert set(probed["benchmark"]) >= {"corpus-ppl", "LongBio-style"}
     assert set(probed["checkpoint"]) == {"step1", "step2", "step3"}
+    trace_circuit(run, [(1, 0)], n_cases=2)
     # Asking again obeys the study's cache and its budget.
     assert weights_in(tmp_path / "cache") <= 2 * hub.n_weight_bytes
     assert not (tmp_path / "default-cache").exists()
@@ -100,3 +102,18 @@ def test_a_revision_that_was_replaced_is_refused(hub, make_checkpoint, tmp_path)
     with pytest.raises(LccpError, match=r"'step3'.* has other weights now than those scored"):
         ablate_heads(run.path, k=[1], n_cases=2, n_draws=1, checkpoints="last")
     assert Run.open(run.path).manifest.get("ablations", []) == []  # refused before anything was begun
+
+
+def test_the_commit_that_was_scored_is_found_again_whatever_its_name_means_now(hub, make_checkpoint, tmp_path):
+    """Also of several repositories, whose revisions go by longer names."""
+    other = "EleutherAI/pythia-31m"
+    hub.add(other, "step9", make_checkpoint("step9", seed=49, root=tmp_path / "other"))
+    study = study_of(tmp_path, hub)
+    sources = {"sources": [f"{REPOSITORY}@step1", f"{other}@step9"], "cache": str(tmp_path / "cache")}
+    run = silent(study.model_copy(update={"checkpoints": study.checkpoints.model_copy(update=sources)}))
+    assert run.checkpoints["name"].to_list() == ["pythia-14m@step1", "pythia-31m@step9"]
+    shutil.rmtree(tmp_path / "cache")
+    hub.refs[other]["step9"] = hub.refs[REPOSITORY]["step2"]  # moved on to other weights
+    hub.trees[other, hub.refs[other]["step9"]] = hub.trees[REPOSITORY, hub.refs[REPOSITORY]["step2"]]
+    rows = ablate_heads(run.path, k=[1], n_cases=2, n_draws=1, checkpoints="all")
+    assert set(rows["checkpoint"]) == {"pythia-14m@step1", "pythia-31m@step9"}

@@ -12,7 +12,7 @@ import lccp_interp
 from lccp_interp.checkpoints import find_checkpoints
 from lccp_interp.schema import LccpError, Needle
 from lccp_interp.store import Run
-from lccp_interp.sweep import score
+from lccp_interp.sweep import find_run_checkpoints, score
 
 GRID = {"lengths": [128, 192], "depths": [0, 50, 100], "samples": 2}
 
@@ -262,3 +262,11 @@ def test_mistaken_options(trajectory, tmp_path, options, message):
     with pytest.raises(LccpError, match=message):
         score(trajectory, tmp_path / "run", **GRID, **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_where_its_checkpoints_are_from_anywhere(trajectory, tmp_path, monkeypatch):
+    monkeypatch.chdir(trajectory)
+    run = score("pretrain-0", tmp_path / "run", lengths=[96], depths=[50], samples=1, metrics=["retrieval"])
+    assert run.checkpoints["path"].to_list() == [str(trajectory / "pretrain-0")]
+    monkeypatch.chdir(tmp_path)
+    assert [one.name for one in find_run_checkpoints(run, None, None)] == ["pretrain-0"]

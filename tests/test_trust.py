@@ -9,17 +9,25 @@ import pickle
 import re
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 
+from lccp_interp.behaviour.corpora import probe_corpora
+from lccp_interp.behaviour.mixture import Length
+from lccp_interp.behaviour.probe import ProbeStudy, probe
 from lccp_interp.capture.model import load_model, load_tokenizer, read_architecture
 from lccp_interp.checkpoints import Depot, checkpoint_hash, find_checkpoints, verify_folder
 from lccp_interp.checkpoints.folders import is_plain_name, weight_names
 from lccp_interp.checkpoints.shelf import MANIFEST, Shelf, repository_folder
+from lccp_interp.interventions.causal import ablate_heads
+from lccp_interp.interventions.tracing import trace_circuit
 from lccp_interp.schema import LccpError
+from lccp_interp.sweep import Access, Execution, score_grid
+from lccp_interp.tasks.niah import NiahGrid
 from tests.fake_hub import FakeHub
 
 REPOSITORY = "org/model"
@@ -358,3 +366,25 @@ def test_every_line_of_a_page_of_promises_names_tests_that_there_are(name, n_row
         for given, test in named:
             file = given or file
             assert f"def {test}(" in (tests / file).read_text(), (file, test)
+
+
+def test_code_of_a_checkpoint_is_asked_for_wherever_a_run_asks_it_again(with_code, tmp_path, monkeypatch):
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    grid = NiahGrid(lengths=(96,), depths=(50,), samples=2)
+    trusting = Execution(trust_remote_code=True)
+    run = score_grid(with_code, tmp_path / "run", grid, metrics=["retrieval"], execution=trusting)
+    again = {
+        "circuit": partial(trace_circuit, run, [(1, 0)], n_cases=2),
+        "ablations": partial(ablate_heads, run, k=[1], n_cases=1, n_draws=1),
+        "corpora": partial(probe_corpora, run, ["stories"], length=64, documents=1),
+        "questions": partial(
+            probe, run, ProbeStudy(tasks=("longbio-standard",), lengths=(Length(320, 320),), samples=1, k=0, sft=None)
+        ),
+    }
+    for ask in again.values():
+        with pytest.raises(LccpError, match="--trust-remote-code"):
+            ask()
+        answered = ask(access=Access(trust_remote_code=True))
+        assert len(answered)

@@ -121,9 +121,10 @@ def probe_corpora(
     length = _longest(opened) if length is None else length
     long_ppl = long_ppl or LongPpl(short_context=max(1, length // 16), step=max(1, length // 32))
     reference = opened.checkpoints["name"][-1] if reference is None else reference
-    chosen = find_run_checkpoints(opened, checkpoints, folders)
-    (judge,) = [c for c in chosen if c.name == reference] or find_run_checkpoints(opened, [reference], folders)
-    tokenizer = load_tokenizer(judge.path)
+    chosen = find_run_checkpoints(opened, checkpoints, folders, access)
+    (judge,) = [c for c in chosen if c.name == reference] or find_run_checkpoints(opened, [reference], folders, access)
+    trusted = access is not None and access.trust_remote_code
+    tokenizer = load_tokenizer(judge.path, trust_remote_code=trusted)
     options = {"length": length, "documents": documents, "stride": stride, "long_ppl": asdict(long_ppl), "seed": seed}
     found = [_read(opened, corpus, tokenizer, {**options, "reference": reference}) for corpus in corpora]
     # The judge goes first: what it calls key tokens, the others are measured on.

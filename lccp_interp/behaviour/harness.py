@@ -71,7 +71,7 @@ def probe_with_lm_eval(
     opened = run if isinstance(run, Run) else Run.open(run)
     if not tasks:
         raise LccpError("--lm-eval names no task; give some, separated by commas (lm-eval ls tasks lists them)")
-    chosen = find_run_checkpoints(opened, checkpoints, folders)
+    chosen = find_run_checkpoints(opened, checkpoints, folders, access)
     options: dict[str, Any] = {"tasks": sorted(tasks), "num_fewshot": num_fewshot, "limit": limit, "seed": seed}
     manager = _task_manager(tasks, include_path)
     rows = []

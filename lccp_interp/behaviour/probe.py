@@ -168,7 +168,7 @@ def probe(
 
     opened = run if isinstance(run, Run) else Run.open(run)
     study = study or ProbeStudy()
-    chosen = find_run_checkpoints(opened, checkpoints, folders)
+    chosen = find_run_checkpoints(opened, checkpoints, folders, access)
     work = [_Unit(opened, study, checkpoint) for checkpoint in chosen]
     report = progress or (lambda done, total, message: None)
     report(0, 0, "building items")
@@ -176,7 +176,8 @@ def probe(
         raise LccpError(
             "heads are scored behind fine-tuning; before it the run has them: add --sft, or leave out --heads"
         )
-    writer = PromptWriter(load_tokenizer(chosen[0].path), chat=study.chat)
+    trusted = access is not None and access.trust_remote_code
+    writer = PromptWriter(load_tokenizer(chosen[0].path, trust_remote_code=trusted), chat=study.chat)
     items, training = _items(writer, study)
     _record(opened, study, items, training)
     cost = _Cost(items, training, study, opened if heads else None)

@@ -332,7 +332,7 @@ class Lock:
         """Take it, or change how it is held; false if others keep it.
 
         Raises:
-            LccpError: it is wanted for oneself, and nothing can be written there.
+            LccpError: it is wanted for oneself, and nothing can be written there; or the file system keeps no locks.
         """
         if self._handle < 0:
             try:
@@ -351,6 +351,12 @@ class Lock:
         except BlockingIOError:
             self.release()
             return False
+        except OSError as error:
+            self.release()
+            raise LccpError(
+                f"the file system of {self._file.parent.parent} keeps no locks ({error.strerror or error}), so that "
+                "processes would take weights from each other; give a folder on another one with --cache"
+            ) from error
         return True
 
     def release(self) -> None:

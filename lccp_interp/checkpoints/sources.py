@@ -110,6 +110,11 @@ def look_at_folders(source: str | Path, trust: Trust) -> list[Seen]:
 
 
 def _in_folder(path: Path, trust: Trust) -> list[Seen]:
+    if not path.exists():
+        raise LccpError(
+            f"no checkpoint folder at {path}; give folders with config.json, *.safetensors and a tokenizer, or a "
+            "repository on a hub, organisation/name"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         table = path / "trajectory.json"
         if table.is_file():

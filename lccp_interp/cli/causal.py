@@ -176,6 +176,8 @@ def circuit(
     seed: Annotated[int, typer.Option(help="Of needles and haystacks where there is no run.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (float32 on a CPU), float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Which earlier heads feed a head's query, key or value? Path patching, one edge at a time.
@@ -185,6 +187,7 @@ def circuit(
     """
     from lccp_interp.interventions.heads import parse_heads
     from lccp_interp.interventions.tracing import trace_circuit
+    from lccp_interp.sweep import Access
 
     ending = None if figure is None else _ending(figure)
     names = only if only in ("all", "last") else items(only, "--only")
@@ -202,6 +205,7 @@ def circuit(
             seed=seed,
             device=device,
             dtype=dtype,
+            access=Access(trust_remote_code, allow_pickle),
             progress=progress,
         )
     rows = [

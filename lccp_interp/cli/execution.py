@@ -19,7 +19,13 @@ ExecutorOption = Annotated[
         "job per checkpoint)."
     ),
 ]
-WorkersOption = Annotated[int, typer.Option(min=1, help="Units done at the same time, by as many workers.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Units done at the same time, by as many workers; default: 1, with slurm as many as there is room for.",
+    ),
+]
 CpusPerWorkerOption = Annotated[
     int | None, typer.Option(min=1, help="Processors, and threads, of each worker; default: 1.")
 ]
@@ -61,7 +67,7 @@ DetachOption = Annotated[
 def worker_options(
     *,
     executor: str,
-    workers: int,
+    workers: int | None,
     cpus_per_worker: int | None,
     gpus_per_worker: float | None,
     threads: int | None,

@@ -93,6 +93,8 @@ def demo(
         print(f"lccp: {text}", file=sys.stderr)
 
     study = demo_study(out, samples=samples, length=length, seed=seed, device=device, quick=quick)
+    if not (quick or any(probe.probe == "ask" for probe in study.probes)):
+        note("without fine-tuning: the packages trl, peft and datasets are missing (install lccp_interp[train])")
     run = run_study(study, bar=progress_bar, note=note)
     for heading, text in findings_of(run, length):
         print(f"{heading}: {text}\n")
@@ -164,6 +166,7 @@ def score(
     """
     from lccp_interp.checkpoints import find_checkpoints, parse_bytes
     from lccp_interp.cli.grids import GridOptions, grid_of
+    from lccp_interp.study import run_status
     from lccp_interp.sweep import Execution, score_grid
 
     searched = search_options(
@@ -222,7 +225,7 @@ def score(
             ),
             progress=progress,
         )
-    if detach:
+    if detach and run_status(out)["done"] < 1:
         print(
             f"lccp: SLURM has the jobs; `lccp status {out}` tells how far they are, and the same command without "
             "--detach waits for them",

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lccp_interp.cli.sources import PickleOption, TrustOption
 from lccp_interp.cli.terminal import Format, FormatOption, RunArgument, app, guarded, print_records, progress_bar
 from lccp_interp.schema import LccpError
 
@@ -24,12 +25,8 @@ def run(
     ],
     out: Annotated[Path | None, typer.Option(help="Run folder, instead of the study's own.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the modelling code that checkpoints bring along.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights too; they can run code when loaded.")
-    ] = False,
+    trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
     output_format: FormatOption = Format.table,
 ) -> None:
     """Do everything that a study file asks for and that is not done yet: scores, probes, ablations, figures, report.
@@ -39,16 +36,20 @@ def run(
     from lccp_interp.study import planned_stages, read_study, run_status, run_study
 
     read = read_study(study, out=out)
+    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if dry_run:
-        records: list[dict[str, Any]] = [{"stage": name, "does": what} for name, what in planned_stages(read)]
+        planned = planned_stages(read, **trust)
+        records: list[dict[str, Any]] = [{"stage": name, "does": what} for name, what in planned]
         print_records(records, output_format)
         return
 
     def note(text: str) -> None:
         print(f"lccp: {text}", file=sys.stderr)
 
-    done = run_study(read, bar=progress_bar, note=note, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    done = run_study(read, bar=progress_bar, note=note, **trust)
     _print_status(run_status(done.path), output_format)
+    if read.report and output_format is Format.table:
+        print(f"report: {done.path / 'report.html'}")
 
 
 @app.command()
@@ -105,6 +106,8 @@ def _print_status(found: dict[str, Any], output_format: Format) -> None:
         ],
         output_format,
     )
+    if found["not_begun"]:
+        print(f"not begun yet: {', '.join(found['not_begun'])}")
     for probe in found["probes"]:
         print(f"probe {probe['name']}: {probe['checkpoints']} checkpoints")
     if found["ablations"]:

@@ -116,8 +116,12 @@ def ablate_heads(
     if n_draws < 1 or n_cases < 1:
         raise LccpError(f"draws and cases must be at least 1, got {n_draws} and {n_cases}")
     cases = chosen_cases(opened, length, n_cases)
-    chosen = find_run_checkpoints(opened, _names(opened, checkpoints), folders)
-    known = {checkpoint.name: known_heads(read_architecture(checkpoint.path)) for checkpoint in chosen}
+    chosen = find_run_checkpoints(opened, _names(opened, checkpoints), folders, access)
+    trusted = access is not None and access.trust_remote_code
+    known = {
+        checkpoint.name: known_heads(read_architecture(checkpoint.path, trust_remote_code=trusted))
+        for checkpoint in chosen
+    }
     sizes = set_sizes(k, heads, known[chosen[-1].name], each=each)
     if heads is None:
         ranked = ranked_heads(opened, metric, cases[0].length, list(known), at_least=max(sizes))

@@ -16,7 +16,7 @@ from lccp_interp.interventions.choice import chosen_cases
 from lccp_interp.interventions.heads import Head
 from lccp_interp.schema import Case, Checkpoint, LccpError
 from lccp_interp.store import Run
-from lccp_interp.sweep import Progress, find_run_checkpoints
+from lccp_interp.sweep import Access, Progress, find_run_checkpoints, load_located
 
 if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
@@ -46,6 +46,7 @@ def trace_circuit(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> list[HeadGraph]:
     """Which earlier heads feed some heads, at some checkpoints.
@@ -60,6 +61,7 @@ def trace_circuit(
         folders: where a run's checkpoints are now, if not where run.json says.
         seed: of needles and haystacks where there is no run.
         device, dtype: as in `load_model`.
+        access: how checkpoints of a hub, with pickles or code of their own are come by; see `Access`.
         progress: told (tokens done, tokens in all, message).
 
     Returns:
@@ -72,64 +74,63 @@ def trace_circuit(
         >>> trace_circuit("runs/demo", [(2, 2)])[0].strongest().table()         # doctest: +SKIP
         >>> trace_circuit("data/trajectory", [(3, 6)], checkpoints="all")       # doctest: +SKIP
     """
-    from lccp_interp.capture.model import load_model, resolve
     from lccp_interp.capture.prefill import release_memory
     from lccp_interp.capture.selfcheck import self_check
-    from lccp_interp.checkpoints.depot import Depot
     from lccp_interp.interventions.circuits import head_graph
 
     if n_cases < 1:
         raise LccpError(f"cases must be at least 1, got {n_cases}")
     run = source if isinstance(source, Run) else Run.open(source) if (Path(source) / "run.json").is_file() else None
     cases = None if run is None else chosen_cases(run, length, n_cases)
-    chosen = _checkpoints(source, run, checkpoints, folders)
+    chosen = _checkpoints(source, run, checkpoints, folders, access or Access())
     report = progress or (lambda done, total, message: None)
     graphs: list[HeadGraph] = []
     done = 0
-    with Depot() as depot:
-        for index, checkpoint in enumerate(chosen):
-            with depot.hold(checkpoint) as local:
-                where, precision = resolve(device, dtype, local.path)
-                model = load_model(local.path, device=where, dtype=precision)
-                if not index:
-                    self_check(model).require()
-                if cases is None:
-                    cases = _own_cases(model, LENGTH if length is None else length, n_cases, seed)
-                total = len(chosen) * len(cases) * cases[0].length * depth
+    for index, checkpoint in enumerate(chosen):
+        model = load_located(checkpoint, device=device, dtype=dtype, access=access)
+        if not index:
+            self_check(model).require()
+        if cases is None:
+            cases = _own_cases(model, LENGTH if length is None else length, n_cases, seed)
+        total = len(chosen) * len(cases) * cases[0].length * depth
 
-                def advance(n_read: int, name: str = checkpoint.name, total: int = total) -> None:
-                    nonlocal done
-                    done += n_read
-                    report(done, total, name)
+        def advance(n_read: int, name: str = checkpoint.name, total: int = total) -> None:
+            nonlocal done
+            done += n_read
+            report(done, total, name)
 
-                graph = head_graph(
-                    model,
-                    cases,
-                    heads,
-                    metric=metric,
-                    kind=kind,
-                    depth=depth,
-                    max_feeders=max_feeders,
-                    on_tokens=advance,
-                )
-            graphs.append(replace(graph, checkpoint=checkpoint.name))
-            # Two checkpoints of a large model may not fit side by side.
-            del model
-            release_memory()
+        graph = head_graph(
+            model,
+            cases,
+            heads,
+            metric=metric,
+            kind=kind,
+            depth=depth,
+            max_feeders=max_feeders,
+            on_tokens=advance,
+        )
+        graphs.append(replace(graph, checkpoint=checkpoint.name))
+        # Two checkpoints of a large model may not fit side by side.
+        del model
+        release_memory()
     return graphs
 
 
 def _checkpoints(
-    source: str | Path | Run, run: Run | None, names: str | Sequence[str], folders: Sequence[str | Path] | None
+    source: str | Path | Run,
+    run: Run | None,
+    names: str | Sequence[str],
+    folders: Sequence[str | Path] | None,
+    access: Access,
 ) -> list[Checkpoint]:
     from lccp_interp.checkpoints import find_checkpoints
 
     if run is not None:
         known = run.checkpoints["name"].to_list()
         wanted = None if names == "all" else known[-1:] if names == "last" else _listed(names)
-        return find_run_checkpoints(run, wanted or None, folders)
+        return find_run_checkpoints(run, wanted or None, folders, access)
     assert not isinstance(source, Run)
-    found = find_checkpoints([source])
+    found = find_checkpoints([source], **access.trust)
     if names in ("all", "last"):
         return found if names == "all" else found[-1:]
     for name in _listed(names):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lccp_interp.checkpoints import parse_bytes, parse_count
 from lccp_interp.schema import LccpError
@@ -42,6 +42,13 @@ def _size(value: Any) -> Any:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
+def _asked(names: list[str]) -> list[str]:
+    from lccp_interp.behaviour.mixture import find_tasks
+
+    find_tasks(names)
+    return names
+
+
 def _band(value: Any) -> str:
     from lccp_interp.behaviour.mixture import Length
 
@@ -70,6 +77,15 @@ SlurmOption = Literal[
     "cpus_per_task", "gpus_per_node", "gres", "exclude", "nodelist", "slurm_array_parallelism",
 ]  # fmt: skip
 """What a study file may ask of SLURM: room and time, and no command of its own."""
+
+SlurmValue = Annotated[str, Field(pattern=r"^[\x20-\x7e]+$")] | int
+"""It becomes a line of a script: a line break in it would begin a command."""
+
+OWN_FOLDERS = (
+    "scores", "outcomes", "probes", "generations", "corpora", "lm_eval", "ablations", "imported", "sft", "figures",
+    "slurm", "first",
+)  # fmt: skip
+"""Names that a task may not have: folders that a run has anyway, and what the first task is called."""
 
 
 class Form(BaseModel):
@@ -151,7 +167,7 @@ class AskProbe(Form):
     probe: Literal["ask"]
     name: str | None = None
     checkpoints: Which = "all"
-    tasks: list[str] = ["longbio", "ruler", "mrcr"]
+    tasks: Annotated[list[str], AfterValidator(_told(_asked))] = ["longbio", "ruler", "mrcr"]
     data: list[str] = []
     lengths: list[Band] = Field(min_length=1)
     samples: int = Field(default=20, ge=1)
@@ -163,6 +179,12 @@ class AskProbe(Form):
     sft: Sft | bool = True
     heads: Which | None = None
     keep: bool = False
+
+    @model_validator(mode="after")
+    def _has_what_is_kept(self) -> AskProbe:
+        if not self.sft and (self.keep or self.heads is not None):
+            raise ValueError("heads and keep are about what fine-tuning made; take sft: true, or leave them out")
+        return self
 
     @property
     def own_name(self) -> str:
@@ -224,12 +246,11 @@ class ExecutionForm(Form):
     chunk_tokens: int = Field(default=4096, ge=1)
     self_check: bool = True
     executor: Literal["here", "pool", "ray", "slurm"] = "here"
-    workers: int = Field(default=1, ge=1)
+    workers: int | None = Field(default=None, ge=1)
     cpus_per_worker: int | None = Field(default=None, ge=1)
     gpus_per_worker: float | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
-    ray_address: str | None = None
-    slurm: dict[SlurmOption, str | int] = {}
+    slurm: dict[SlurmOption, SlurmValue] = {}
 
 
 class Study(Form):
@@ -288,6 +309,13 @@ class Study(Form):
 
     def _probe_names(self) -> list[str]:
         return [probe.own_name for probe in self.probes if isinstance(probe, AskProbe)]
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Study:
+        taken = next((name for name in self._task_names() if name in OWN_FOLDERS), None)
+        if taken is not None:
+            raise ValueError(f"a task is called {taken!r}, as something else in a run folder is; give it another name")
+        return self
 
     def folder(self, at: int) -> str:
         """Where the `at`-th task's scores are: the first's in the run folder itself, the others' in a folder of it."""

@@ -73,8 +73,10 @@ def check_study(content: Mapping[str, Any], *, where: str = "study", lines: Mapp
 
     from lccp_interp.study.form import Study
 
+    # A heading of which all is commented out asks for what is usual.
+    content = {key: value for key, value in content.items() if value is not None or key not in Study.model_fields}
     try:
-        return Study.model_validate(dict(content))
+        return Study.model_validate(content)
     except ValidationError as error:
         told = _told(error, content, where, lines or {})
         more = "" if len(told) <= MAX_TOLD else f"\n... and {len(told) - MAX_TOLD} more"
@@ -112,6 +114,8 @@ def _lines(node: Any, at: Where, lines: dict[Where, int], path: Path) -> None:
 
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise LccpError(f"{path}:{key.start_mark.line + 1}: a key has to be a plain text; mend the line")
             name = key.value
             if (*at, name) in lines:
                 raise LccpError(
@@ -265,6 +269,8 @@ def _located_probe(probe: Any, place: Any, folder: Path) -> Any:
 
 def _is_path(text: str, folder: Path) -> bool:
     """Whether a source is a folder or a pattern of folders beside the study, rather than a repository of a hub."""
-    if text.startswith((".", "/", "~")) or any(folder.glob(text)):
+    if text.startswith("hf://"):
+        return False
+    if not text or text.startswith((".", "/", "~")) or any(folder.glob(text)):
         return True
     return re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", text) is None

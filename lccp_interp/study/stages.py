@@ -34,6 +34,9 @@ FREE = ("out", "checkpoints", "execution", "figures", "report", "ablations")
 """Keys that may change between two runs of a study: none of them changes what a number in the tables means. Checkpoints
 and ablations are told apart by the run folder itself."""
 
+FIRST = "first"
+"""What the first task is called where a change of it is told: its scores are the run's own."""
+
 Progress = Callable[[int, int, str], None]
 Bar = Callable[[str], AbstractContextManager[Progress]]
 """Opens a progress bar for a stage of this name."""
@@ -85,8 +88,10 @@ def run_study(
     """
     refuse_other_study(study)
     trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    refuse_what_cannot_be_asked(study)
     checkpoints = study_checkpoints(study, **trust)
     with driving(study.out):
+        refuse_other_study(study)  # who drove it until now may have begun another one
         remember(study)
         for stage in _stages(study, checkpoints, note, trust):
             with bar(stage.name) as progress:
@@ -94,15 +99,19 @@ def run_study(
     return Run.open(study.out)
 
 
-def planned_stages(study: Study) -> list[tuple[str, str]]:
+def planned_stages(
+    study: Study, *, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> list[tuple[str, str]]:
     """(name, what it does) of every stage of a study, in order; nothing is run.
 
     Raises:
         LccpError: as `run_study` before its first stage.
     """
     refuse_other_study(study)
-    checkpoints = study_checkpoints(study)
-    return [(stage.name, stage.what) for stage in _stages(study, checkpoints, lambda text: None, {})]
+    refuse_what_cannot_be_asked(study)
+    trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    checkpoints = study_checkpoints(study, **trust)
+    return [(stage.name, stage.what) for stage in _stages(study, checkpoints, lambda text: None, trust)]
 
 
 def study_checkpoints(study: Study, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> list[Checkpoint]:
@@ -173,8 +182,33 @@ def chosen_names(checkpoints: Sequence[Checkpoint], which: Any) -> list[str]:
     return [later[round(i * (len(later) - 1) / max(1, n - 1))].name for i in range(n)]
 
 
+def refuse_what_cannot_be_asked(study: Study) -> None:
+    """Refuse what would come to light only when a task's turn comes, perhaps days later.
+
+    Raises:
+        LccpError: options of an execution that do not go together, an unknown metric, or texts that are not there.
+    """
+    from lccp_interp.scoring.metrics import select_metrics
+
+    execution_of(study, {})
+    for task in study.tasks:
+        select_metrics(task.metrics or study.metrics)
+        grid_of_task(task, study.seed)
+    needed = {"lm_eval": "eval"} if any(probe.probe == "lm-eval" for probe in study.probes) else {}
+    if any(probe.probe == "ask" and probe.sft for probe in study.probes):
+        needed["trl"] = "train"
+    for package, extra in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise LccpError(
+                f"a probe of this study needs the package {package}; install lccp_interp[{extra}], "
+                "or take the probe out"
+            )
+
+
 def refuse_other_study(study: Study) -> None:
     """Refuse a study whose run folder holds results of one that asked something else.
+
+    What was asked and never begun binds nobody: a mistake in it may be mended.
 
     Raises:
         LccpError: naming every key that differs, with both values.
@@ -183,8 +217,9 @@ def refuse_other_study(study: Study) -> None:
     if not path.is_file():
         return
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))["study"]
-        changes = [*_changes(_fixed(held), _fixed(study.model_dump(mode="json")))]
+        fixed = _fixed(json.loads(path.read_text(encoding="utf-8"))["study"])
+        begun = {key: value for key, value in fixed.items() if _is_begun(Path(study.out), key)}
+        changes = [*_changes(begun, _fixed(study.model_dump(mode="json")))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LccpError(f"{path} cannot be read ({error!r}); restore it, or choose another out") from error
     if changes:
@@ -192,6 +227,16 @@ def refuse_other_study(study: Study) -> None:
             f"{study.out} holds another study, so that results would mix: {'; '.join(changes)}; "
             "choose another out, or take the change back"
         )
+
+
+def _is_begun(out: Path, key: str) -> bool:
+    """Whether the run folder holds anything of a part of a study, by its key in `_fixed`."""
+    kind, _, name = key.partition(".")
+    if kind == "tasks" and name != FIRST:
+        return (out / name / "run.json").is_file()
+    if not (out / "run.json").is_file():
+        return False
+    return kind != "probes" or name in {one["name"] for one in Run.open(out).manifest.get("probe_studies", [])}
 
 
 def remember(study: Study) -> None:
@@ -208,7 +253,7 @@ def _fixed(study: Mapping[str, Any]) -> dict[str, Any]:
     """What may not change, by key; tasks and probes by their names, so that more may be added."""
     fixed = {key: value for key, value in study.items() if key not in (*FREE, "tasks", "probes")}
     for at, task in enumerate(study["tasks"]):
-        fixed[f"tasks.{task['name'] or task['task'] if at else 'first'}"] = {
+        fixed[f"tasks.{task['name'] or task['task'] if at else FIRST}"] = {
             k: v for k, v in task.items() if k != "checkpoints"
         }
     for probe in study["probes"]:
@@ -244,10 +289,8 @@ def _stages(
     where = {"device": study.execution.device, "dtype": study.dtype, "access": access}
 
     def located(which: Any) -> dict[str, Any]:
-        names = chosen_names(checkpoints, which)
-        # Where revisions of a hub are is in the run.
-        folders = [one.path for one in checkpoints if one.name in names and one.source is None]
-        return {"checkpoints": names, "folders": folders or None}
+        # Where they are is in the run, since they were scored just now.
+        return {"checkpoints": chosen_names(checkpoints, which)}
 
     for at in range(len(study.tasks)):
         yield _score_stage(study, at, checkpoints, trust)
@@ -268,7 +311,7 @@ def _stages(
             )
         else:
             behind = None if probe.heads is None else {**where, **located(probe.heads)}
-            yield from _ask_stages(study, probe, common, behind, note)
+            yield from _ask_stages(study, probe, common, behind)
     for ablation in study.ablations:
         common = {**where, **located(ablation.checkpoints)}
         options = ablation.model_dump(exclude={"checkpoints"})
@@ -315,8 +358,8 @@ def grid_of_task(task: Any, seed: int) -> CaseGrid:
         return LongBioGrid(lengths=tuple(task.lengths), depths=tuple(task.depths), samples=task.samples, seed=seed)
     texts: dict[str, Any] = {
         "samples": task.samples,
-        "needles": None if task.needles is None else read_needles(task.needles),
-        "haystack": None if task.haystack is None else read_haystack(task.haystack),
+        "needles": None if task.needles is None else read_needles(Path(task.needles)),
+        "haystack": None if task.haystack is None else read_haystack(Path(task.haystack)),
         "prompt": PAPER_PROMPT if task.prompt is None else task.prompt,
         "chat": task.chat,
         "seed": seed,
@@ -362,11 +405,7 @@ def _ask_stages(
     probe: AskProbe,
     common: Mapping[str, Any],
     behind: Mapping[str, Any] | None,
-    note: Callable[[str], None],
 ) -> Iterator[Stage]:
-    if probe.sft and importlib.util.find_spec("trl") is None:
-        note("without fine-tuning: the packages trl, peft and datasets are missing (install lccp_interp[train])")
-        return
     how = "after light fine-tuning" if probe.sft else "as they are"
     yield Stage(
         "probing",

@@ -6,6 +6,7 @@ a run whose study file is gone. It refuses to judge results. Cost: a listing of 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 from lccp_interp.schema import LccpError
 from lccp_interp.store import TABLES, Run, driver_of, part_name
+from lccp_interp.store.lock import STUDY_FILE
 from lccp_interp.sweep.log import LOG
 
 RECENT_LINES = 5
@@ -29,7 +31,8 @@ def run_status(path: str | Path) -> dict[str, Any]:
         run, done (share of the tokens, 0..1), driver (host, pid, since; None if nobody is at work), eta_s (seconds at
         the pace of this call's parts; None if it cannot be told or nobody is at work), tasks (a list of {task, folder,
         units, units_done, tokens, tokens_done, checkpoints: [{name, tokens_seen, units, units_done}]}), probes (a list
-        of {name, checkpoints}), ablations, log (its last lines).
+        of {name, checkpoints}), ablations, not_begun (tasks of its study that nobody has begun with), log (its last
+        lines).
 
     Raises:
         LccpError: no run there, or one that cannot be read.
@@ -57,6 +60,7 @@ def run_status(path: str | Path) -> dict[str, Any]:
         "tasks": tasks,
         "probes": _probes(run),
         "ablations": [str(entry.get("name")) for entry in run.manifest.get("ablations", [])],
+        "not_begun": _not_begun(run),
         "log": _last_lines(run.path / LOG),
     }
 
@@ -115,6 +119,16 @@ def _probes(run: Run) -> list[dict[str, Any]]:
     for benchmark, checkpoint in table.select("benchmark", "checkpoint").iter_rows():
         found.setdefault(benchmark, set()).add(checkpoint)
     return [{"name": name, "checkpoints": len(checkpoints)} for name, checkpoints in sorted(found.items())]
+
+
+def _not_begun(run: Run) -> list[str]:
+    """Tasks of the study behind a run, if there is one, that have no folder yet."""
+    try:
+        study = json.loads((run.path / STUDY_FILE).read_text(encoding="utf-8"))["study"]
+        names = [str(task["name"] or task["task"]) for task in study["tasks"][1:]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if not (run.path / name / "run.json").is_file()]
 
 
 def _last_lines(path: Path) -> list[str]:

@@ -64,10 +64,9 @@ report: true
 
 execution:                      # how the work is done: may be changed at any time
   device: auto                  # cpu, cuda, cuda:1, mps
-  executor: here                # or pool (processes of this machine), ray, slurm
+  executor: here                # or pool (processes of this machine), ray (RAY_ADDRESS says which cluster), slurm
   # workers: 4
   # gpus_per_worker: 1
-  # ray_address: auto
   # slurm: {partition: gpu, time: 240}
   # chunk_tokens: 4096
 """

@@ -37,13 +37,13 @@ def check_backend(backend: str, mode: str, execution: Execution) -> None:
 def ordered(
     checkpoints: str | Path | Checkpoint | Sequence[str | Path | Checkpoint], execution: Execution
 ) -> list[Checkpoint]:
-    """The checkpoints, found and in the order of training."""
+    """The checkpoints, found and in the order of training, their paths absolute: a run is read from anywhere."""
     given = [checkpoints] if isinstance(checkpoints, (str, Path, Checkpoint)) else list(checkpoints)
     ready = [item for item in given if isinstance(item, Checkpoint)]
     if ready and len(ready) < len(given):
         raise LccpError("give either Checkpoint objects or paths, not both")
     if not ready:
-        return find_checkpoints(
+        ready = find_checkpoints(
             list(map(str, given)),
             cache=execution.cache,
             allow_pickle=execution.allow_pickle,
@@ -51,7 +51,7 @@ def ordered(
         )
     ready.sort(key=lambda checkpoint: (checkpoint.tokens_seen, checkpoint.name))
     refuse_ambiguous(ready)
-    return ready
+    return [replace(checkpoint, path=checkpoint.path.absolute()) for checkpoint in ready]
 
 
 def _text_config(checkpoint: Checkpoint) -> dict[str, Any]:

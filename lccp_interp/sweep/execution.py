@@ -42,7 +42,8 @@ class Execution:
         self_check: whether the first model has to prove that its attention is captured rightly.
         executor: `here` (this process), `pool` (processes of this machine), `ray` (a Ray cluster), `slurm` (one job
             per checkpoint).
-        workers: how many units are done at the same time, at least 1; for `slurm` the most jobs at the same time.
+        workers: how many units are done at the same time, at least 1; for `slurm` the most jobs at the same time. None
+            for 1, and for as many jobs as SLURM has room for.
         cpus_per_worker: processors each worker asks for; None for 1.
         gpus_per_worker: GPUs each worker gets; more than 1 spread the layers, less than 1 share a GPU. None for one
             where this machine (`pool`) has any, and for none elsewhere.
@@ -72,7 +73,7 @@ class Execution:
     chunk_tokens: int = 4096
     self_check: bool = True
     executor: str = "here"
-    workers: int = 1
+    workers: int | None = None
     cpus_per_worker: int | None = None
     gpus_per_worker: float | None = None
     threads: int | None = None
@@ -102,10 +103,15 @@ class Execution:
             raise LccpError(f"gpus_per_worker must be a whole number, or a share of one GPU like 0.5; got {gpus:g}")
         self._refuse_options_of_others()
 
+    @property
+    def n_workers(self) -> int:
+        """Workers to begin with."""
+        return self.workers or 1
+
     def _refuse_options_of_others(self) -> None:
         local = self.executor == "here"
         for option, given, executors in (
-            ("workers", self.workers > 1 and local, EXECUTORS[1:]),
+            ("workers", self.n_workers > 1 and local, EXECUTORS[1:]),
             ("cpus_per_worker", self.cpus_per_worker is not None and local, EXECUTORS[1:]),
             ("gpus_per_worker", self.gpus_per_worker is not None and local, EXECUTORS[1:]),
             ("ray_address", self.ray_address is not None and self.executor != "ray", ("ray",)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lccp_interp.checkpoints import Depot, checkpoint_hash, common_tokenizer, find_checkpoints
+from lccp_interp.checkpoints.hub import COMMIT
 from lccp_interp.schema import Checkpoint, LccpError
 from lccp_interp.store import Run
 
@@ -19,8 +20,28 @@ if TYPE_CHECKING:
     from lccp_interp.capture.model import HookedModel
 
 
+@dataclass(frozen=True)
+class Access:
+    """How checkpoints are come by when a run asks them again.
+
+    Attributes:
+        trust_remote_code: as in `load_model`.
+        allow_pickle: as in `load_model`.
+        disk_budget_bytes: room for weights of a hub; None evicts only when the disk is full.
+    """
+
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    disk_budget_bytes: int | None = None
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        """What finding and loading take."""
+        return {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
+
+
 def find_run_checkpoints(
-    run: Run, names: Sequence[str] | None, folders: Sequence[str | Path] | None
+    run: Run, names: Sequence[str] | None, folders: Sequence[str | Path] | None, access: Access | None = None
 ) -> list[Checkpoint]:
     """Checkpoints of a run, found on disk, with the weights that the run knows.
 
@@ -28,6 +49,7 @@ def find_run_checkpoints(
         run: an opened run.
         names: of the checkpoints asked for; None means all.
         folders: where the checkpoints are now, if not where run.json says: folders of checkpoints, matched by name.
+        access: how they are come by; None for safetensors and no code of their own.
 
     Raises:
         LccpError: a name that the run does not have, a checkpoint that is not there or has other weights, or several
@@ -36,6 +58,7 @@ def find_run_checkpoints(
     Example:
         >>> find_run_checkpoints(Run.open("runs/demo"), ["18-lccp-2.62M"], None)   # doctest: +SKIP
     """
+    trust = (access or Access()).trust
     known = {row["name"]: row for row in run.checkpoints.iter_rows(named=True)}
     for name in names or ():
         if name not in known:
@@ -45,7 +68,7 @@ def find_run_checkpoints(
         # Folders that were moved out of their trajectory may not tell their tokens; the run does.
         places = [place for folder in map(Path, folders) for place in (folder, *folder.glob("*/"))]
         tokens = {name: row["tokens_seen"] for name, row in known.items() if name in {place.name for place in places}}
-        elsewhere = {found.name: found.path for found in find_checkpoints(list(folders), tokens=tokens)}
+        elsewhere = {found.name: found.path for found in find_checkpoints(list(folders), tokens=tokens, **trust)}
     chosen = []
     for name, row in known.items():
         if names is not None and name not in names:
@@ -53,7 +76,7 @@ def find_run_checkpoints(
         path = elsewhere.get(name, Path(row["path"]))
         if not path.is_dir() and row.get("source") is not None:
             # Found on another machine, or into a cache that is gone: its config and tokenizer, and no weights.
-            (again,) = find_checkpoints([row["source"]], tokens={name: row["tokens_seen"]})
+            (again,) = find_checkpoints([_pinned(row["source"], path)], **trust)
             if row["hash"] is not None and again.hash != row["hash"]:
                 raise LccpError(
                     f"checkpoint {name!r} ({row['source']}) has other weights now than those scored in {run.path} "
@@ -80,19 +103,10 @@ def find_run_checkpoints(
     return chosen
 
 
-@dataclass(frozen=True)
-class Access:
-    """How checkpoints are come by when a run asks them again.
-
-    Attributes:
-        trust_remote_code: as in `load_model`.
-        allow_pickle: as in `load_model`.
-        disk_budget_bytes: room for weights of a hub; None evicts only when the disk is full.
-    """
-
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    disk_budget_bytes: int | None = None
+def _pinned(source: str, path: Path) -> str:
+    """The revision of a hub by the commit that was scored: its name may mean another one by now."""
+    repository, _, revision = source.partition("@")
+    return f"{repository}@{path.name if COMMIT.fullmatch(path.name) else revision}"
 
 
 def load_located(
@@ -114,11 +128,7 @@ def load_located(
     from lccp_interp.capture.model import load_model
 
     access = access or Access()
-    trust: dict[str, Any] = {
-        "trust_remote_code": access.trust_remote_code,
-        "allow_pickle": access.allow_pickle,
-    }
     cache = None if checkpoint.source is None else checkpoint.path.parents[1]
-    depot = Depot(cache=cache, budget_bytes=access.disk_budget_bytes, **trust)
+    depot = Depot(cache=cache, budget_bytes=access.disk_budget_bytes, **access.trust)
     with depot, depot.hold(checkpoint) as local:
-        return replace(load_model(local.path, device=device, dtype=dtype, **trust), name=checkpoint.name)
+        return replace(load_model(local.path, device=device, dtype=dtype, **access.trust), name=checkpoint.name)

@@ -49,18 +49,19 @@ class Pool:
         self._study = study
         self._processes: dict[int, _Process] = {}
         self._n_started = 0
-        self._gpus = _gpus(study.execution.workers, study.execution.gpus_per_worker or 0.0)
+        self._gpus = _gpus(study.execution.n_workers, study.execution.gpus_per_worker or 0.0)
 
     def start(self) -> int:
         """Start a process."""
         slot = min(set(range(len(self._processes) + 1)) - {one.slot for one in self._processes.values()})
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot]
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                # -P: what lies in the working directory, beside a checkpoint perhaps, is no module of ours.
+                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # Ctrl-C is for the driver; what becomes of workers is its business.

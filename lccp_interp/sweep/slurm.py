@@ -35,6 +35,9 @@ POLL_S = {"slurm": 10.0}
 GENERIC = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
 """submitit's own parameters; all others are SLURM's, and are given its prefix."""
 
+FORGOTTEN_S = 3600.0
+"""SLURM forgets jobs in time: one that it does not know so long after it was submitted is over."""
+
 A_DAY_MIN = 24 * 60
 REQUEUES = 100
 """Times that a job which runs out of time is queued again: it goes on where it was."""
@@ -91,6 +94,7 @@ def run_jobs(
     """
     jobs = _Jobs(study, todo, checkpoints, ledger, writer)
     if study.execution.detach:
+        jobs.leave_out_submitted()
         jobs.submit(len(todo))
         return {}
     try:
@@ -127,15 +131,15 @@ class _Jobs:
     def wait(self) -> None:
         """See all jobs through."""
         poll_s = POLL_S.get(str(self._study.execution.slurm.get("cluster", "slurm")), 0.3)
-        for job_id in self._left_before():
+        for job_id in self._left_before().values():
             self._ledger.log(f"waiting for job {job_id} of an earlier call")
             self._ledger.tell(f"job {job_id}")
-            while not self._executor.job_class(self._study.run / FOLDER, job_id).done():
+            while not self._is_over(self._executor.job_class(self._study.run / FOLDER, job_id)):
                 self._count()
                 time.sleep(poll_s)
         self._count()
         # Elsewhere the array keeps to `workers`; on this machine nobody but us does.
-        room = self._study.execution.workers if self.is_local else len(self._queue)
+        room = self._study.execution.n_workers if self.is_local else len(self._queue)
         while self._queue or self._running:
             self.submit(room - len(self._running))
             for name in [name for name, job in self._running.items() if job.done()]:
@@ -143,6 +147,15 @@ class _Jobs:
             self._count()
             if self._running:
                 time.sleep(poll_s)
+
+    def leave_out_submitted(self) -> None:
+        """Do not submit again what an earlier call has submitted and SLURM still has."""
+        for name, job_id in self._left_before().items():
+            job = self._executor.job_class(self._study.run / FOLDER, job_id)
+            if name in self._queue and not self._is_over(job):
+                self._queue.remove(name)
+                self._running[name] = job
+                self._ledger.log(f"job {job_id} of an earlier call has {name}")
 
     def submit(self, n_jobs: int) -> None:
         """Submit the next jobs, as one array."""
@@ -166,14 +179,21 @@ class _Jobs:
             with contextlib.suppress(Exception):
                 job.cancel()
 
-    def _left_before(self) -> list[str]:
-        """Ids of jobs that an earlier call submitted. They are waited for, what they give back is not read."""
+    def _left_before(self) -> dict[str, str]:
+        """Ids of jobs that an earlier call submitted, by checkpoint. What they give back is not read."""
         if self.is_local or not self._listed.is_file():
-            return []
+            return {}
         try:
-            return [str(job_id) for job_id in json.loads(self._listed.read_text(encoding="utf-8")).values()]
+            listed = json.loads(self._listed.read_text(encoding="utf-8"))
+            return {str(name): str(job_id) for name, job_id in listed.items()}
         except (ValueError, AttributeError):
-            return []
+            return {}
+
+    def _is_over(self, job: Any) -> bool:
+        """Whether a job of an earlier call is neither waiting nor running."""
+        if job.done():
+            return True
+        return job.state == "UNKNOWN" and time.time() - self._listed.stat().st_mtime > FORGOTTEN_S
 
     def _count(self) -> None:
         """Tell of the parts that have come."""
@@ -223,7 +243,8 @@ def _executor(execution: Execution, folder: Path) -> Any:
         parameters["gpus_per_node"] = max(1, int(execution.gpus_per_worker))
     if not {"time", "timeout_min"} & set(given):
         parameters["timeout_min"] = A_DAY_MIN
-    parameters["slurm_array_parallelism"] = execution.workers
+    if execution.workers is not None:
+        parameters["slurm_array_parallelism"] = execution.workers
     parameters |= {key if key in GENERIC else f"slurm_{key}": value for key, value in given.items()}
     try:
         executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=REQUEUES)

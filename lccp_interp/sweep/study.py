@@ -62,7 +62,7 @@ def score(
     chunk_tokens: int = 4096,
     self_check: bool = True,
     executor: str = "here",
-    workers: int = 1,
+    workers: int | None = None,
     cases_per_shard: int = CASES_PER_SHARD,
     progress: Progress | None = None,
 ) -> Run:
@@ -290,7 +290,7 @@ def _carry_out(
         ahead = tuple(checkpoint for name, checkpoint in named.items() if name in todo)
         study = Study(writer.path.absolute(), writer.manifest["config_hash"], execution, device, ahead)
         ledger.log(
-            f"started: executor {execution.executor}, {execution.workers} workers, {len(todo)} checkpoints, "
+            f"started: executor {execution.executor}, {execution.n_workers} workers, {len(todo)} checkpoints, "
             f"{ledger.state()}"
         )
         try:
@@ -300,7 +300,7 @@ def _carry_out(
                 failures = run_jobs(study, todo, named, ledger, writer)
             else:
                 fleet = _fleet(study, writer, cases, metrics, checkpoints[0], model)
-                failures = Driver(fleet, execution.workers, Schedule(todo), named, ledger, writer).run()
+                failures = Driver(fleet, execution.n_workers, Schedule(todo), named, ledger, writer).run()
             _refuse_failures(failures, len(checkpoints))
         except BaseException as error:
             ledger.log(f"stopped: {error or type(error).__name__} ({ledger.state()})")
