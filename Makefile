@@ -3,7 +3,7 @@
 # CPU is enough: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-EXTRAS ?= dev,train,widgets,ray,slurm
+EXTRAS ?= dev,train,widgets,export,ray,slurm
 RUN    ?= runs/demo
 BIN    := .venv/bin
 PYTEST ?= -n 2
@@ -36,7 +36,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/ready   ## measure time and memory on the CPU (about 20 minutes), rewrite benchmarks/README.md
+bench: .venv/ready   ## measure time and memory on the CPU (about 30 minutes), rewrite benchmarks/README.md
 	$(BIN)/python -m benchmarks.run
 
 bench-gpu: .venv/ready   ## the same on a CUDA device, under 8 minutes; without one it says so and changes nothing
@@ -57,7 +57,7 @@ wheel: .venv/ready   ## build the wheel, install it alone into a clean environme
 	cd build/wheel && venv/bin/lccp demo --quick --out demo
 
 lock: .venv/ready   ## write requirements.lock: every package of this environment, with its version
-	( echo "# Every package that make test ran with (Python 3.11, $(EXTRAS)); lm-eval and kaleido are not among them."; \
+	( echo "# Every package that make test ran with (Python 3.11, $(EXTRAS)); lm-eval is not among them."; \
 	  echo "# Written by make lock. Use it with: pip install -r requirements.lock"; \
 	  $(BIN)/pip freeze --exclude-editable | sed -e 's/+cpu//' -e 's/ @ .*//' ) > requirements.lock
 
