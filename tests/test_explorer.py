@@ -129,7 +129,10 @@ def test_what_the_run_does_not_have_is_refused(explorer: HeadExplorer, trait: st
 def test_wrong_arguments_are_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(LccpError, match="no cases of 7 tokens"):
         HeadExplorer(run, length=7)
-    with pytest.raises(LccpError, match=r"unknown metric 'qr' .* known are retrieval, copy, needle_mass, wu"):
+    with pytest.raises(
+        LccpError,
+        match=r"unknown metric 'qr' .* known are retrieval, copy, needle_mass, wu; .*--metrics qr --out ANOTHER_RUN",
+    ):
         HeadExplorer(run, metric="qr")
     with pytest.raises(LccpError, match="no folder of checkpoints at"):
         HeadExplorer(run, checkpoints=tmp_path / "none")

@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from lccp_interp.dynamics.saturation import format_tokens
-from lccp_interp.dynamics.selection import choose
+from lccp_interp.dynamics.selection import choose_metric
 from lccp_interp.dynamics.tables import RunTables
 from lccp_interp.figures import style
 from lccp_interp.schema import NULL_SUFFIX, RETRIEVAL_THRESHOLD, LccpError
@@ -55,7 +55,7 @@ class HeadArrays:
             LccpError: an unknown metric, length or mode, or nothing scored at that length.
         """
         held = scored_metrics(tables)
-        choose("metric", metric, held, f"{tables.run.path} at {tables.head_length} tokens")
+        choose_metric(metric, held, tables.run)
         judge = PAPER_METRIC if PAPER_METRIC in held else metric
         own = {name: RunTables(tables.run, tables.length, name, tables.mode) for name in held}
         if tables.metric in own:

@@ -70,7 +70,7 @@ class Book:
         return list(self._done)
 
     def record(self, how: Mapping[str, Any]) -> None:
-        """Put on record how this session observes."""
+        """Put on record how this process observes."""
         with driving(self.run.path):
             self._writer.record_execution(how)
 
