@@ -24,7 +24,7 @@ from lccp_interp.store import RunWriter, replacing
 from lccp_interp.sweep.execution import Execution
 from lccp_interp.sweep.log import Ledger
 from lccp_interp.sweep.schedule import TRIES, Unit
-from lccp_interp.sweep.units import Report, Study, Task
+from lccp_interp.sweep.units import Study, Task, unheard
 
 FOLDER = "slurm"
 """In the run folder: what jobs are sent, print and give back, and `jobs.json`, which jobs there are."""
@@ -55,11 +55,11 @@ class Job:
         """Score what is not done yet; returns `failed`, a text or None, and `record` for run.json."""
         worker = self.study.worker()
         try:
-            proved = worker.do(Task(self.of), _unheard)
+            proved = worker.do(Task(self.of), unheard)
             if proved.kind != "proved":
                 return {"failed": proved.text, "record": None}
             for shard in self.shards:
-                report = worker.do(Task(self.of, shard, proved.text), _unheard)
+                report = worker.do(Task(self.of, shard, proved.text), unheard)
                 if report.kind == "failed":
                     return {"failed": report.text, "record": proved.record}
         finally:
@@ -71,10 +71,6 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-def _unheard(report: Report) -> None:
-    """Progress is read from the parts."""
 
 
 def run_jobs(

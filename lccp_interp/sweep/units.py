@@ -91,8 +91,8 @@ class Report:
 Tell = Callable[[Report], None]
 
 
-def _unheard(report: Report) -> None:
-    """Nobody listens."""
+def unheard(report: Report) -> None:
+    """Nobody listens: how far the work is can be read from the parts."""
 
 
 def shards_of(cases: Sequence[Case], config: dict[str, Any]) -> list[Sequence[Case]]:
@@ -111,7 +111,7 @@ class Worker:
         self._shards = shards_of(cases, writer.config)
         self._holding = contextlib.ExitStack()
         self._loaded: tuple[str, HookedModel] | None = None
-        self._tell: Tell = _unheard
+        self._tell: Tell = unheard
         self._thread = threading.get_ident()
         execution = study.execution
         self._depot = Depot(
